@@ -1,0 +1,127 @@
+"""Flax Linen: the nodes that stand beside modules, and calls of `model.apply` by other code."""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from ._engine import Record
+from ._node import Additive, is_node, value
+from ._shared import unshare
+from ._targets import Call, name_of
+
+
+_inside = contextvars.ContextVar("inside", default=False)  # whether a door is open already
+
+
+@contextlib.contextmanager
+def additive_calls(record: Record, key: Any) -> Iterator[None]:
+    """Within it, every module's call goes through the `Additive` nodes among the module's own parameters.
+
+    They are read from the module's scope, where lifted transforms have sliced them already.
+    """
+    active: list[Any] = []  # scopes at work: modules may share one (`nn.share_scope`), and its nodes act once
+
+    def interceptor(next_fun, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None or module.scope in active:
+            return next_fun(*args, **kwargs)
+        active.append(module.scope)
+        try:
+            call = next_fun
+            for name, node in _beside(module):
+                call = functools.partial(node.around, call, _key(module, name, node, key))
+            y = call(*args, **kwargs)
+        finally:
+            active.pop()
+        _note(record, module, args, y)
+        return y
+
+    token = _inside.set(True)
+    try:
+        with nn.intercept_methods(interceptor):
+            yield
+    finally:
+        _inside.reset(token)
+
+
+def _params(module: nn.Module) -> dict[str, Any]:
+    found = module.variables.get("params", {})
+    return found if hasattr(found, "items") else {}
+
+
+def _beside(module: nn.Module) -> list[tuple[str, Additive]]:
+    """The module's nodes, in the order in which they were attached."""
+    found = [(name, unshare(x)) for name, x in _params(module).items() if isinstance(x, Additive)]
+    return sorted(found, key=lambda pair: (pair[0].rstrip("0123456789"), len(pair[0]), pair[0]))
+
+
+def _key(module: nn.Module, name: str, node: Additive, key: Any) -> Any:
+    """A dropout key for a node that has dropout.
+
+    **Raises** `ValueError` where the call was given one, but a lifted transform keeps it from the module.
+    """
+    if key is None or not getattr(node, "dropout", 0):
+        return None
+    if not module.has_rng("dropout"):
+        path = "/".join((*module.path, name))
+        raise ValueError(
+            f"{path!r} has dropout, but its module cannot get a key: the transform around it (`nn.scan`, `nn.vmap`, ...) "
+            'does not pass the "dropout" rng on. Give it `split_rngs={"params": True, "dropout": True}`, or set the '
+            "node's dropout to 0."
+        )
+    return module.make_rng("dropout")
+
+
+def _note(record: Record, module: nn.Module, args: Any, y: Any) -> None:
+    """Remember the sizes of what the module is called with and returns."""
+    sizes = [getattr(x, "shape", ()) for x in (args[0] if args else None, y[0] if isinstance(y, tuple) else y)]
+    if all(len(s) for s in sizes):
+        call = Call(sizes[0][-1], sizes[1][-1], _stack(record, module))
+        record.modules.setdefault("/".join(module.path), call)
+
+
+def _stack(record: Record, module: nn.Module) -> tuple[int, ...] | None:
+    """The sizes of the axes of its parameters that a lifted transform has sliced away, if they came first."""
+    for path, x in jax.tree_util.tree_leaves_with_path(_params(module)):
+        whole = record.names.get("/".join((*module.path, name_of(path))))
+        if whole is not None and not is_node(whole):
+            outer, inner = value(whole).shape, x.shape
+            return outer[: len(outer) - len(inner)] if outer[len(outer) - len(inner) :] == inner else None
+    return ()
+
+
+@contextlib.contextmanager
+def root_calls(run: Callable) -> Iterator[None]:
+    """Within it, `run(model, variables, args, kwargs, rngs)` takes the place of a call of a model that has nodes."""
+
+    def interceptor(next_fun, args, kwargs, context):
+        module = context.module
+        if _inside.get() or module.scope is None or context.method_name == "setup" or not _has_nodes(_params(module)):
+            return next_fun(*args, **kwargs)
+        scope = module.scope
+        rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
+        mutable = [c for c in module.variables if scope.is_mutable_collection(c)]
+        fresh = module.clone(parent=None, name=None)
+        kwargs = {**kwargs, "method": context.method_name, "mutable": mutable or False}
+        out = run(fresh, dict(module.variables), args, kwargs, rngs or None)
+        if not mutable:
+            return out
+        out, updates = out
+        for collection, values in updates.items():
+            for name, x in values.items():
+                scope.put_variable(collection, name, x)
+        return out
+
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+def _has_nodes(tree: Any) -> bool:
+    if isinstance(tree, dict) or hasattr(tree, "items"):
+        return any(map(_has_nodes, tree.values()))
+    return is_node(tree)

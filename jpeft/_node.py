@@ -1,0 +1,232 @@
+"""Nodes: what stands in a parameter tree where a method has been applied.
+
+A node is a small formula. A `Leaf` stands *in place of* a parameter and says what that parameter now is; an `Additive`
+stands *beside* a module's parameters and says what happens to what flows through the module. Every node is a pytree:
+its arrays are leaves, its numbers are static.
+"""
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Annotated, Any, Self, dataclass_transform, get_type_hints
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from ._kernel import STACK, fold, stacked, unfold
+from ._shared import Shared, is_shared, unshare
+
+
+class Role(enum.Enum):
+    """What becomes of a field: it trains, it is an array that does not, or it is a constant of the computation."""
+
+    TRAINABLE = "trainable"
+    FROZEN = "frozen"
+    STATIC = "static"
+
+    def __getitem__(self, item):
+        kind, dims = item if isinstance(item, tuple) else (item, None)
+        return Annotated[kind, self, dims]
+
+
+# `Trainable[jax.Array, "in rank"]`: the array's type and, if given, the meaning of its axes: `in` and `out` are those
+# of the kernel, any other name is the method's own. Axes stacked over layers or experts come before them, unnamed.
+Trainable = Role.TRAINABLE
+Frozen = Role.FROZEN
+Static = Role.STATIC
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Node(abc.ABC):
+    """Abstract base of every node: a frozen dataclass and a pytree, each of whose fields declares its role.
+
+    **Raises** `TypeError`, when the class is made, for a field that is not `Trainable[...]`, `Frozen[...]` or
+    `Static[...]`.
+    """
+
+    roles: dict[str, Role] = dataclasses.field(init=False, repr=False)
+    dims: dict[str, tuple[str, ...] | None] = dataclasses.field(init=False, repr=False)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.roles, cls.dims = {}, {}
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            if name in ("roles", "dims"):
+                continue
+            marks = getattr(hint, "__metadata__", ())
+            if not (marks and isinstance(marks[0], Role)):
+                raise TypeError(f"`{cls.__name__}.{name}` must be Trainable[...], Frozen[...] or Static[...].")
+            cls.roles[name] = marks[0]
+            cls.dims[name] = marks[1].split() if len(marks) > 1 and marks[1] is not None else None
+        dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
+        arrays = [name for name, role in cls.roles.items() if role is not Role.STATIC]
+        jax.tree_util.register_dataclass(cls, arrays, [name for name in cls.roles if name not in arrays])
+
+    def replace(self, **changes) -> Self:
+        """The node with some of its fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def parts(self, *roles: Role) -> dict[str, Any]:
+        """The fields of the given roles, by name."""
+        return {name: getattr(self, name) for name, role in self.roles.items() if role in roles}
+
+
+class Leaf(Node, meta.AxisMetadata):
+    """Stands in place of a parameter. Flax unboxes it wherever a module asks for that parameter."""
+
+    @abc.abstractmethod
+    def value(self) -> jax.Array:
+        """The parameter that this node stands for."""
+
+    def take(self, fn: Callable[[jax.Array, int], jax.Array], axis: int, drop: bool) -> "Leaf | None":
+        """The node of a part of the parameter, where `fn(array, axis)` takes that part; `None` if there is no such node.
+
+        `drop` tells that `fn` removes the axis.
+        """
+        return None
+
+    # Flax's protocol for a boxed parameter.
+
+    def unbox(self):
+        return self.value()
+
+    def replace_boxed(self, val):
+        return val
+
+    def add_axis(self, index, params):
+        return self
+
+    def remove_axis(self, index, params):
+        return self
+
+
+class Matrix(Leaf):
+    """A `Leaf` whose arrays belong to the `(in, out)` matrices of a kernel, one for each place of its stacked axes."""
+
+    axes: Static[str] = "io"  # the letters of the kernel's axes; every array but a base has its stacked axes first
+
+    @property
+    def depth(self) -> int:
+        """How many axes are stacked."""
+        return self.axes.count(STACK)
+
+    def settle(self, w: jax.Array) -> Self:
+        """The node, once made, told of the whole kernel that it stands for."""
+        return self
+
+    def take(self, fn, axis, drop):
+        if self.axes[axis] != STACK:
+            return None
+        place = self.axes[:axis].count(STACK)
+        cut = lambda x: x if is_shared(x) else fn(x, place)
+        arrays = self.parts(Role.TRAINABLE, Role.FROZEN)
+        base = arrays.pop("base", None)
+        changes = {name: jax.tree.map(cut, x, is_leaf=is_shared) for name, x in arrays.items()}
+        if base is not None:
+            changes["base"] = take(base, fn, axis, drop)
+        if drop:
+            changes["axes"] = self.axes[:axis] + self.axes[axis + 1 :]
+        return None if base is not None and changes["base"] is None else self.replace(**changes)
+
+    def remove_axis(self, index, params):
+        if self.axes[:index].count(STACK) != index or self.axes[index] != STACK:
+            raise ValueError(
+                f"A {type(self).__name__} with axes {self.axes!r} was sliced along axis {index} by a lifted "
+                "transform, which its own arrays do not have there. Call the model through `jpeft.apply`, or within "
+                "`jpeft.intercept()`."
+            )
+        return self.replace(axes=self.axes[:index] + self.axes[index + 1 :])
+
+    def each(self, fn: Callable, *args: Any, mapped: list[tuple[int | None, ...]] | None = None) -> Any:
+        """`fn(node, *args)` for the node of every matrix, with the stacked axes first in the result.
+
+        `mapped` tells for each stacked axis which of `args` have it, `0` for first and `None` for no; by default all do.
+        """
+        lone = self.replace(axes=self.axes.replace(STACK, ""))
+        node = jax.tree.map(lambda x: None if is_shared(x) else 0, lone, is_leaf=is_shared)
+        levels = [(0,) * len(args)] * self.depth if mapped is None else mapped
+        run = lambda node, *args: fn(unshare(node), *args)
+        return stacked(run, self.depth, [(node, *axes) for axes in levels])(lone, *args)
+
+
+class Reparam(Matrix):
+    """A kernel as a formula of its frozen base. Subclasses see one `(in, out)` matrix, whatever the kernel's shape."""
+
+    base: Frozen[Any] = None  # the kernel as it was: an array, or a `Leaf` of its own
+
+    @abc.abstractmethod
+    def weight(self, w: jax.Array) -> jax.Array:
+        """The matrix that this node makes of its base `w`, both `(in, out)`."""
+
+    def value(self):
+        w = value(self.base)
+        exact = jnp.promote_types(w.dtype, jnp.float32)  # a small update is lost in a bfloat16 sum: cast last
+        adapter = cast(self.replace(base=None), exact)
+        m = adapter.each(lambda node, w: node.weight(w), fold(w, self.axes).astype(exact))
+        return unfold(m, w.shape, self.axes).astype(w.dtype)
+
+
+class Branch(Reparam):
+    """A `Reparam` that can also act on activations, without forming its matrix."""
+
+    @abc.abstractmethod
+    def branch(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """`x @ (self.weight(w) - w)` for every `w`: `(..., in)` -> `(..., out)`, linear in `x`.
+
+        `key` is there when dropout is on. Only `x @ matrix` is promised to be fast: where the kernel is looked up or
+        convolved with, `x` is an operand that multiplies without being formed.
+        """
+
+
+class Additive(Node):
+    """Stands beside a module. Subclasses override one of these."""
+
+    def inputs(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+        """What the module is called with."""
+        return args
+
+    def output(self, y: Any, *args: jax.Array) -> Any:
+        """What the module returns, where it made `y` of `args`."""
+        return y
+
+    def around(self, call: Callable, key: jax.Array | None, *args: Any, **kwargs: Any) -> Any:
+        """The module's call as a whole, for what `inputs` and `output` cannot say. `key` is there when dropout is on."""
+        args = self.inputs(*args)
+        return self.output(call(*args, **kwargs), *args)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """The tree with its floating-point arrays in `dtype`."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def is_node(x: Any) -> bool:
+    return isinstance(x, Node)
+
+
+def is_param(x: Any) -> bool:
+    """Whether `x` stands where Flax has one parameter: a node, or a box such as `nn.Partitioned`."""
+    return isinstance(x, Node | meta.AxisMetadata)
+
+
+def value(x: Any) -> jax.Array:
+    """The array that `x` is, or stands for."""
+    if isinstance(x, Leaf):
+        return x.value()
+    return value(x.unbox()) if isinstance(x, meta.AxisMetadata) else x
+
+
+def rebox(x: Any, new: Any) -> Any:
+    """`new` in the box, if there is one, that the innermost base of `x` stands in."""
+    while isinstance(x, Reparam):
+        x = x.base
+    return x.replace_boxed(new) if isinstance(x, meta.AxisMetadata) and not isinstance(x, Leaf) else new
+
+
+def take(x: Any, fn: Callable, axis: int, drop: bool) -> Any:
+    """`fn(array, axis)` of an array, a box or a `Leaf`; `None` where a `Leaf` has no such part."""
+    if isinstance(x, Leaf):
+        return x.take(fn, axis, drop)
+    return fn(value(x), axis)

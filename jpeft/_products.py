@@ -1,0 +1,234 @@
+"""The operations that consume a kernel: what a `Branch` adds to them, and what each tells of a kernel's axes.
+
+A rule takes the equation, its inputs with one `View` among them, and a key, and returns a `Product`; or `None` where
+the view is not used in a way that it knows.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._node import Branch, Leaf, Reparam
+from ._operands import Lookup, NoRule, Routed, Window
+from ._view import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """An operation that is linear in a parameter."""
+
+    name: str
+    view: View
+    place: int  # of the view among the inputs
+    branch: Callable[[View, jax.Array | None], jax.Array | None]  # what the node of a view adds to the output
+    letters: dict[int, str]  # the letter of each dimension of the view
+    flops: float
+
+
+def dot_general(eqn: Any, vals: list[Any]) -> Product | None:
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    if all(isinstance(v, View) for v in vals):
+        return None
+    first = isinstance(vals[0], View)
+    view, x = vals if first else reversed(vals)
+    (vc, vb), (xc, xb) = ((lc, lb), (rc, rb)) if first else ((rc, rb), (lc, lb))
+    if not vc:
+        return None
+    free = [d for d in range(len(view.layout.dims)) if d not in (*vc, *vb)]
+    letters = dict.fromkeys(vc, "i") | dict.fromkeys(vb, "s") | dict.fromkeys(free, "o")
+    out = eqn.outvars[0].aval
+    contracted = math.prod(x.shape[d] for d in xc)
+
+    def branch(view, key):
+        return _dot(view, x, (vc, xc), (vb, xb), free, first, out.shape, eqn.params["precision"], key)
+
+    return Product("dot_general", view, 0 if first else 1, branch, letters, 2.0 * out.size * contracted)
+
+
+def _dot(view, x, contract, batch, free, first, out_shape, precision, key):
+    """`x . (W' - W)`: bring `x` to `(stacks..., free..., in)`, branch for every stacked matrix, bring the result in place."""
+    layout, axes = view.layout, view.node.axes
+    side = [t for t in layout.of_dims(contract[0]) if layout.letters[t] != "s"]
+    forward = set(side) == set(layout.atoms("i"))
+    if not forward and set(side) != set(layout.atoms("o")):
+        return None
+    if any(layout.letters[t] != "s" for t in layout.of_dims(batch[0])):
+        return None
+    inner, outer = (layout.atoms("i"), layout.atoms("o")) if forward else (layout.atoms("o"), layout.atoms("i"))
+    stacks = [t for t, c in enumerate(layout.letters) if c == "s"]
+
+    # the dimensions of x: atoms of the kernel where it meets the kernel, (d,) where it does not
+    meets = {xd: vd for vds, xds in (contract, batch) for vd, xd in zip(vds, xds, strict=True)}
+    pieces = [t for d in range(x.ndim) for t in (layout.dims[meets[d]] if d in meets else ((d,),))]
+    size = lambda t: x.shape[t[0]] if isinstance(t, tuple) else layout.sizes[t]
+    x_free = [t for t in pieces if isinstance(t, tuple)]
+    present = [t for t in stacks if t in pieces]
+    x = x.reshape([size(t) for t in pieces])
+    x = jnp.transpose(x, [pieces.index(t) for t in (*present, *x_free, *inner)])
+    x = x.reshape([size(t) for t in (*present, *x_free)] + [math.prod(map(size, inner))])
+
+    with _precision(precision):
+        y = _stacked_branch(view.adapter, x, key, forward, math.prod(map(size, outer)), {t: t in present for t in stacks}, size)
+    y = y.reshape([size(t) for t in (*stacks, *x_free, *outer)])
+    summed = [t for t in stacks if t in layout.of_dims(contract[0])]
+    y = jnp.sum(y, axis=[stacks.index(t) for t in summed]) if summed else y
+    have = [t for t in (*stacks, *x_free, *outer) if t not in summed]
+    lead, rest = layout.of_dims(batch[0]), layout.of_dims(free)
+    want = [*lead, *rest, *x_free] if first else [*lead, *x_free, *rest]
+    lost = [t for t in have if t not in want]  # stacked, of size one
+    return view.scaled(jnp.transpose(y, [have.index(t) for t in (*want, *lost)]).reshape(out_shape))
+
+
+def _stacked_branch(node, x, key, forward, width, stacks, size):
+    """`node.branch(x)`, or its transpose in `x` onto `width` inputs, for every stacked matrix."""
+
+    def one(node, x, key):
+        if forward:
+            return node.branch(x, key)
+        spec = jax.ShapeDtypeStruct((*x.shape[:-1], width), x.dtype)
+        (y,) = jax.linear_transpose(lambda z: node.branch(z, None), spec)(x)
+        return y
+
+    if key is not None:
+        key = jax.random.split(key, [size(t) for t in stacks]) if stacks else key
+    return node.each(one, x, key, mapped=[(0 if has else None, None if key is None else 0) for has in stacks.values()])
+
+
+def _precision(precision: Any):
+    """The product's precision for those of a branch."""
+    one = precision[0] if isinstance(precision, tuple) else precision
+    return contextlib.nullcontext() if one is None else jax.default_matmul_precision(one.name.lower())
+
+
+def conv(eqn: Any, vals: list[Any]) -> Product | None:
+    x, view = vals
+    params = eqn.params
+    numbers = params["dimension_numbers"]
+    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+    if grouped or isinstance(x, View):
+        return None
+    feature, *window = numbers.rhs_spec
+    features = numbers.out_spec[1]
+    letters = dict.fromkeys(window, "i") | {feature: "o"}
+    out = eqn.outvars[0].aval
+
+    def branch(view, key):
+        layout = view.layout
+        inner = [t for d in window for t in layout.dims[d]]
+        if set(inner) != set(layout.atoms("i")) or layout.dims[feature] != layout.atoms("o"):
+            return None
+        if any(c == "s" for c in layout.letters):
+            return None
+
+        def convolve(x, a):  # a: (in, rank), as a kernel of rank features
+            order = layout.atoms("i")
+            a = a.reshape([layout.sizes[t] for t in order] + [a.shape[-1]])
+            a = jnp.transpose(a, [order.index(t) for t in inner] + [len(order)])
+            a = a.reshape([layout.shape[d] for d in window] + [a.shape[-1]])
+            place = {d: n for n, d in enumerate((*window, feature))}
+            a = jnp.transpose(a, [place[d] for d in range(a.ndim)])
+            (y,) = [eqn.primitive.bind(x, a, **params)]
+            return jnp.moveaxis(y, features, -1).astype(x.dtype)
+
+        with _precision(params["precision"]):
+            y = view.adapter.branch(Window(x, convolve), key)
+        return view.scaled(jnp.moveaxis(y, -1, features))
+
+    size = math.prod(view.layout.shape[d] for d in window)
+    return Product("conv", view, 1, branch, letters, 2.0 * out.size * size)
+
+
+def gather(eqn: Any, vals: list[Any]) -> Product | None:
+    """A lookup: whole rows of the view, by indices into its first dimension."""
+    view, index = vals
+    numbers, sizes, out = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.outvars[0].aval
+    rest = tuple(range(1, len(sizes)))
+    rows = out.ndim - len(rest)
+    plain = (
+        not isinstance(index, View)
+        and numbers.start_index_map == numbers.collapsed_slice_dims == (0,)
+        and not (numbers.operand_batching_dims or numbers.start_indices_batching_dims)
+        and tuple(sizes) == (1, *view.layout.shape[1:])
+        and numbers.offset_dims == tuple(range(rows, out.ndim))
+    )
+    if not plain:
+        return None
+
+    def branch(view, key):
+        layout = view.layout
+        if layout.dims[0] != layout.atoms("i") or layout.of_dims(rest) != layout.atoms("o") or "s" in layout.letters:
+            return None
+
+        def look(a):
+            changed = {"dimension_numbers": numbers._replace(offset_dims=(rows,)), "slice_sizes": (1, a.shape[-1])}
+            return eqn.primitive.bind(a, index, **{**eqn.params, **changed})
+
+        y = view.adapter.branch(Lookup(look, view.dtype), key)
+        return view.scaled(y.reshape(out.shape))
+
+    return Product("gather", view, 0, branch, {0: "i"} | dict.fromkeys(rest, "o"), 0.0)
+
+
+def ragged_dot(eqn: Any, vals: list[Any]) -> Product | None:
+    """`(tokens, in) . (experts, in, out)` with the tokens in the order of their experts."""
+    x, view, groups = vals
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (xc, vc), (xb, vb) = numbers.dot_dimension_numbers
+    usual = not (xb or vb) and tuple(xc) == (1,) and tuple(vc) == (1,) and tuple(numbers.rhs_group_dimensions) == (0,)
+    if not usual or isinstance(x, View) or isinstance(groups, View) or x.ndim != 2:
+        return None
+    out = eqn.outvars[0].aval
+
+    def branch(view, key):
+        layout = view.layout
+        one = [layout.letters.count(c) for c in "sio"] == [1, 1, 1] and layout.letters.replace("?", "") == "sio"
+        if not one or [layout.letters[t] for t in layout.of_dims(range(3))] != ["s", "i", "o"]:
+            return None
+        return view.scaled(view.adapter.branch(Routed(x, groups), key).x)
+
+    return Product("ragged_dot", view, 1, branch, {0: "s", 1: "i", 2: "o"}, 2.0 * out.size * x.shape[1])
+
+
+RULES: dict[str, Callable[[Any, list[Any]], Product | None]] = {
+    "dot_general": dot_general,
+    "conv_general_dilated": conv,
+    "gather": gather,
+    "ragged_dot_general": ragged_dot,
+}
+
+
+def compute(product: Product, bind: Callable[[list[Any]], jax.Array], vals: list[Any], key: Any, note: Callable) -> jax.Array:
+    """The output of a product: that of the base, and what each branch adds; by its value, what has no branch.
+
+    A value that has to be formed is formed inside a `jax.checkpoint` with the operation that consumes it, so that it
+    does not outlive it: its residual is what it is made of, and the backward pass forms it again.
+    """
+    others = [v for n, v in enumerate(vals) if n != product.place]
+    fill = lambda w, others: bind([*others[: product.place], w, *others[product.place :]])
+    view, extra = product.view, []
+    while isinstance(view.node, Branch):
+        try:
+            part = product.branch(view, None if key is None else jax.random.fold_in(key, len(extra)))
+        except NoRule:
+            part = None
+        if part is None:
+            break
+        note(view.name, "branched")
+        extra.append(part)
+        view = view.base
+    y = _product_of(view, fill, others, note)
+    for part in extra:
+        y = y + part.astype(y.dtype)
+    return y
+
+
+def _product_of(view: View, fill: Callable, others: list[Any], note: Callable) -> jax.Array:
+    note(view.name, "merged" if isinstance(view.node, Reparam) else "branched")
+    if isinstance(view.node, Leaf):
+        return jax.checkpoint(lambda view, others: fill(view.value(), others))(view, others)
+    return fill(view.value(), others)

@@ -1,0 +1,55 @@
+"""Arrays that many nodes share: one leaf at `params["shared"]`, and a `Ref` to it in every node that uses it.
+
+The leaf is a `Free` where the array trains; gradients of all its uses sum. A shared array is never stacked or copied:
+where layers are scanned or experts mapped, it stays outside.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+SHARED = "shared"
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """Stands for `params["shared"][name]`.
+
+    In an `Additive` node of scanned modules it is repeated over their `stack`, for the model's own transform to slice.
+    """
+
+    name: str
+    stack: tuple[int, ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """A shared array in its place, while a computation runs."""
+
+    array: jax.Array
+
+
+def is_shared(x: Any) -> bool:
+    return isinstance(x, Shared)
+
+
+def unshare(tree: Any) -> Any:
+    """The tree with plain arrays in place of its `Shared` ones."""
+    return jax.tree.map(lambda x: x.array if is_shared(x) else x, tree, is_leaf=is_shared)
+
+
+def resolve(params: Any, shared: dict[str, jax.Array]) -> Any:
+    """The tree with the array that each `Ref` stands for in its place."""
+
+    def fill(x):
+        if not isinstance(x, Ref):
+            return x
+        array = shared[x.name]
+        return jnp.broadcast_to(array, (*x.stack, *array.shape)) if x.stack else Shared(array)
+
+    return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, Ref))

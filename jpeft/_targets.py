@@ -1,0 +1,166 @@
+"""Targets: which parameters a method touches, and what their axes mean."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from ._kernel import IN, OUT, STACK
+from ._node import Additive, is_param, value
+from ._shared import SHARED
+
+
+# A pattern, several, a predicate `(path, leaf) -> bool`, or patterns with the letters of the axes of what they match.
+Targets = str | Sequence[str] | Mapping[str, str] | Callable[[str, Any], bool]
+
+# A value for every target, or patterns with the value of what they match: the first match wins.
+Option = Any
+
+HEAD = r"(.*/)?(lm_head|head|classifier|classification_head|logits|output_layer|score)/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What a model does with one parameter, as `sites` found out."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: str | None  # letters, where an operation that knows them consumes the parameter
+    ops: tuple[str, ...]  # the operations that consume it
+    flops: float  # of the products it enters, in one call
+
+    @property
+    def module(self) -> str:
+        """The path of the module that owns the parameter."""
+        return self.path.rpartition("/")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a module is called with and returns."""
+
+    features_in: int  # the size of the last axis of its first argument
+    features_out: int  # and of its (first) result
+    stack: tuple[int, ...] | None  # the sizes of the axes that its parameters are stacked over; `None`: not the first ones
+
+
+class Sites(dict[str, Site]):
+    """`Site`s by path, with a table of them as text; `modules` holds a `Call` by path for the modules."""
+
+    modules: dict[str, Call]
+
+    def __init__(self, sites: Mapping[str, Site], modules: Mapping[str, Call]):
+        super().__init__(sites)
+        self.modules = dict(modules)
+
+    def __str__(self):
+        rows = [("path", "shape", "dtype", "axes", "operations", "GFLOP")]
+        for s in self.values():
+            rows.append((s.path, str(s.shape), str(s.dtype), s.axes or "?", " ".join(s.ops) or "-", f"{s.flops / 1e9:.3g}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def name_of(path: Sequence) -> str:
+    """A key path as `layer_0/attn/query/kernel`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def named_leaves(params: Any) -> dict[str, Any]:
+    """Every parameter by name: an array, a box or a node. What stands beside parameters is not one."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_param)
+    found = {name_of(path): leaf for path, leaf in leaves if not isinstance(leaf, Additive)}
+    return {name: leaf for name, leaf in found.items() if not name.startswith(f"{SHARED}/")}
+
+
+def no_match(patterns: Sequence[str], names: Sequence[str], what: str = "parameter") -> ValueError:
+    """The error for patterns that match nothing: near-misses, and the names that do exist."""
+    lines = []
+    for pattern in patterns:
+        plain = re.sub(r"[\\.*+?^$()\[\]|]+", "", pattern)
+        near = [n for n in names if re.search(pattern, n)] or difflib.get_close_matches(plain, names, 3, 0.5)
+        lines.append(f"{pattern!r} matches no {what}." + (f" Near: {', '.join(near[:3])}." if near else ""))
+    lines.append(f"A pattern must match the whole name. There are {len(names)}: {', '.join(names[:8])}")
+    return ValueError("\n".join(lines) + (", ..." if len(names) > 8 else "."))
+
+
+def select(targets: Targets, names: Mapping[str, Any], what: str = "parameter") -> dict[str, str | None]:
+    """The names that `targets` matches, each with the letters that `targets` gives it, if any.
+
+    **Raises** `ValueError` for every pattern that matches no name, all at once.
+    """
+    if callable(targets):
+        found = {name: None for name, x in names.items() if targets(name, x)}
+        if not found:
+            raise ValueError(f"The predicate picks no {what} of the {len(names)}: {', '.join(list(names)[:8])}, ...")
+        return found
+    patterns = {targets: None} if isinstance(targets, str) else targets
+    patterns = patterns if isinstance(patterns, Mapping) else dict.fromkeys(patterns)
+    idle = [p for p in patterns if not any(re.fullmatch(p, name) for name in names)]
+    if idle or not patterns:
+        raise no_match(idle, list(names), what)
+    first = {name: next((p for p in patterns if re.fullmatch(p, name)), None) for name in names}
+    return {name: patterns[p] for name, p in first.items() if p is not None}
+
+
+def options(given: Mapping[str, Option], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The options of every name: those given as patterns are looked up, the first match wins.
+
+    **Raises** `ValueError` for a pattern that matches nothing, and for a name that no pattern matches.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for option, x in given.items():
+        patterns = x if isinstance(x, Mapping) else {".*": x}
+        idle = [p for p in patterns if not any(re.fullmatch(p, name) for name in names)]
+        if idle:
+            raise no_match(idle, list(names), f"target of the option `{option}`")
+        for name in names:
+            pattern = next((p for p in patterns if re.fullmatch(p, name)), None)
+            if pattern is None:
+                raise ValueError(f"`{option}` says nothing of the target {name!r}: end it with '.*': a default.")
+            found[name][option] = patterns[pattern]
+    return found
+
+
+def kernels(params: Any, targets: Targets | None, sites: Sites | None) -> dict[str, str]:
+    """The letters of the axes of every kernel that is targeted, by name. See `Targets` in the docs.
+
+    **Raises** `ValueError` for a pattern that matches nothing, and for kernels whose axes nothing settles.
+    """
+    leaves = named_leaves(params)
+    if targets is not None:
+        found = select(targets, leaves)
+    elif sites is not None:
+        dots = [n for n, s in sites.items() if s.axes and any(op in ("dot_general", "ragged_dot") for op in s.ops)]
+        found = {n: None for n in dots if n in leaves and not re.fullmatch(HEAD, n) and "gather" not in sites[n].ops}
+    else:
+        found = {n: None for n in leaves if n.rpartition("/")[2] == "kernel" and not re.fullmatch(HEAD, n)}
+    if not found:
+        raise no_match([r"(.*/)?kernel"], list(leaves))
+    shapes = {n: jax.eval_shape(value, leaves[n]).shape for n in found}
+    axes = {n: given or (sites[n].axes if sites and n in sites else None) for n, given in found.items()}
+    axes = {n: given or ("io" if len(shapes[n]) == 2 else None) for n, given in axes.items()}
+    unsettled = {n: shapes[n] for n, given in axes.items() if given is None}
+    if unsettled:
+        raise ValueError(_ambiguous(unsettled))
+    for n, given in axes.items():
+        if len(given) != len(shapes[n]) or set(given) - {IN, OUT, STACK}:
+            raise ValueError(f"{n!r} has shape {shapes[n]}: its axes cannot be {given!r}. One letter an axis, of 'ios'.")
+    return axes
+
+
+def _ambiguous(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    rows = "\n".join(f"  {name}: {shape}" for name, shape in list(shapes.items())[:8])
+    name, shape = next(iter(shapes.items()))
+    letters = "s" * (len(shape) - 2) + "io" if len(shape) > 2 else "io"[2 - len(shape) :]
+    return (
+        f"Which axes of these kernels are inputs, and which outputs?\n{rows}\n"
+        "Let the model tell:\n"
+        '  sites = jpeft.sites(model, {"params": params}, *example_inputs)   # then pass sites=sites\n'
+        "or say so, with one letter an axis, i(nput), o(utput) or s(tacked over layers or experts):\n"
+        f"  targets={{{re.escape(name)!r}: {letters!r}, ...}}"
+    )

@@ -1,0 +1,232 @@
+"""Trees: put nodes in, take trees apart, fold nodes away."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ._kernel import STACK, fold, stacked
+from ._node import Additive, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value
+from ._shared import SHARED, resolve
+from ._targets import Option, Sites, Targets, kernels, name_of, named_leaves, options
+
+
+Params = Any  # a pytree of arrays and nodes; nested dicts, for Flax
+_MISSING: Any = object()
+
+
+def transform(fn: Callable) -> Callable:
+    """Let `fn(params, ...)` wait for its tree: `lora(rank=8)` is `partial(lora, rank=8)`.
+
+    **Raises** `TypeError`, at once, for an option that `fn` does not have.
+    """
+    known = inspect.signature(fn)
+
+    @functools.wraps(fn)
+    def waiting(params=_MISSING, /, **kwargs):
+        if params is _MISSING:
+            known.bind_partial(None, **kwargs)
+            return functools.partial(fn, **kwargs)
+        return fn(params, **kwargs)
+
+    return waiting
+
+
+def chain(*transforms: Callable) -> Callable:
+    """One transform that applies `transforms` in order, each with a key of its own.
+
+    `chain(jpeft.nf4(), jpeft.lora(rank=8))(params, key=key)`; `key` is `jax.random.key(0)` if left out.
+    """
+
+    def chained(params: Params, *, key: jax.Array | None = None) -> Params:
+        keys = jax.random.split(default(key), max(len(transforms), 1))
+        for fn, k in zip(transforms, keys, strict=False):
+            params = fn(params, key=k)
+        return params
+
+    return chained
+
+
+def default(key: jax.Array | None) -> jax.Array:
+    """`key`, or `jax.random.key(0)` where there is none."""
+    return jax.random.key(0) if key is None else key
+
+
+def wrap(
+    params: Params,
+    new: Callable,
+    *,
+    targets: Targets | None = None,
+    sites: Sites | None = None,
+    key: jax.Array | None = None,
+    over_nodes: bool = True,
+    **given: Option,
+) -> Params:
+    """Put the `Matrix` node that `new(key, w, **options)` returns in place of every targeted kernel.
+
+    `w` is one `(in, out)` matrix of the kernel: `new` never sees a kernel's shape or a stack of layers. A `Reparam`
+    without a base takes what stood there as its base.
+
+    **Arguments:**
+
+    - `targets`, `sites`: which kernels, and what their axes mean. See the page on targets.
+    - `key`: split for every target. `jax.random.key(0)` if left out.
+    - `over_nodes`: whether the node can stand over another.
+    - `given`: options of `new`, each one value or a mapping from patterns to values.
+
+    **Raises** `ValueError` for targets that match nothing or are ambiguous, or hold a node that cannot be nested.
+    """
+    axes = kernels(params, targets, sites)
+    chosen = options(given, list(axes))
+    keys = dict(zip(axes, jax.random.split(default(key), len(axes)), strict=True))
+    shared = shared_arrays(params)
+
+    def one(path, leaf):
+        name = name_of(path)
+        if name not in axes:
+            return leaf
+        if not over_nodes and isinstance(leaf, Node):
+            raise nesting(name, leaf)
+        how = tuple(sorted(chosen[name].items()))
+        node = _new(keys[name], resolve(leaf, shared), new=new, axes=axes[name], chosen=how)
+        return node.replace(base=leaf) if isinstance(node, Reparam) and node.base is None else node
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+
+
+def nesting(name: str, leaf: Node) -> ValueError:
+    """The error for a method that must come before the one that is there."""
+    return ValueError(
+        f"{name!r} is a {type(leaf).__name__} already, and this method keeps no base to nest it in: it would silently "
+        "replace it. Apply this one first (in `jpeft.chain`, put it before), or leave this parameter out of `targets`."
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("new", "axes", "chosen"))
+def _new(key: jax.Array, leaf: Any, *, new: Callable, axes: str, chosen: tuple[tuple[str, Any], ...]) -> Node:
+    """`new(key, w)` for every matrix `w` in `leaf`; compiled, so that a value which `new` does not use is not formed."""
+    w = value(leaf)
+    for size in (n for n, c in zip(w.shape, axes, strict=True) if c == STACK):
+        split = functools.partial(jax.random.split, num=size)
+        key = jax.vmap(split)(key) if key.ndim else split(key)
+    node = stacked(lambda k, w: new(k, w, **dict(chosen)), axes.count(STACK))(key, fold(w, axes))
+    return node.replace(axes=axes).settle(w)
+
+
+def shared_arrays(params: Params) -> dict[str, jax.Array]:
+    """The arrays at `params["shared"]`, by name."""
+    here = params.get(SHARED, {}) if isinstance(params, dict) else {}
+    return {name: value(x) for name, x in here.items()}
+
+
+def labels(params: Params) -> Params:
+    """`"trainable"` or `"frozen"` for every array, as `optax.partition` (`optax.multi_transform`) wants it.
+
+    `tx = optax.partition({"trainable": tx, "frozen": optax.set_to_zero()}, jpeft.labels)` is for code that keeps one
+    tree. It makes XLA compute the gradients of frozen arrays where anything reads them all, such as clipping by the
+    global norm: prefer `partition`.
+    """
+
+    def label(x):
+        if not is_node(x):
+            return jax.tree.map(lambda _: Role.FROZEN.value, x)
+        trained = {n: jax.tree.map(lambda _: Role.TRAINABLE.value, p) for n, p in x.parts(Role.TRAINABLE).items()}
+        return x.replace(**trained, **{n: labels(p) for n, p in x.parts(Role.FROZEN).items()})
+
+    return jax.tree.map(label, params, is_leaf=is_node)
+
+
+def partition(params: Params) -> tuple[Params, Params]:
+    """`(trainable, frozen)`: two trees of one structure, each `None` where the other has its array.
+
+    Differentiate with respect to `trainable` alone, and `combine` the two inside the loss.
+    """
+    which = labels(params)
+    pick = lambda role: jax.tree.map(lambda mark, x: x if mark == role.value else None, which, params)
+    return pick(Role.TRAINABLE), pick(Role.FROZEN)
+
+
+def combine(*trees: Params) -> Params:
+    """Undo `partition`: at every place the array of the first tree that has one."""
+    return jax.tree.map(lambda *xs: next((x for x in xs if x is not None), None), *trees, is_leaf=lambda x: x is None)
+
+
+def _plain(params: Params, one: Callable[[str, Any], Any]) -> Params:
+    """The tree with `one(name, node)` in place of every `Leaf`, and without what stands beside parameters."""
+    if not isinstance(params, dict):
+        return jax.tree_util.tree_map_with_path(lambda p, x: one(name_of(p), x), params, is_leaf=is_param)
+
+    def walk(tree, prefix):
+        here = {}
+        for k, x in tree.items():
+            name = f"{prefix}{k}"
+            if isinstance(x, Additive) or name == SHARED:
+                continue
+            here[k] = walk(x, f"{name}/") if isinstance(x, dict) else _plain(x, lambda n, x, at=name: one(at + n, x))
+        return here
+
+    return walk(params, "")
+
+
+def merge(params: Params) -> Params:
+    """Plain arrays in the original structure: every node becomes the parameter that it stands for.
+
+    The sum is formed in float32 at least and cast last to the parameter's dtype.
+
+    **Raises** `ValueError`, with every path, for nodes that act on activations: those are no function of the weights.
+    """
+    stuck = [
+        f"  {name_of(path)}: {type(x).__name__}"
+        for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
+        if isinstance(x, Additive)
+    ]
+    if stuck:
+        raise ValueError(
+            "These act on activations: they are no function of the weights, and cannot be merged. Go on calling the "
+            "model through `jpeft.apply`.\n" + "\n".join(stuck)
+        )
+    shared = shared_arrays(params)
+    return _plain(params, lambda _, x: rebox(x, value(resolve(x, shared))) if isinstance(x, Leaf) else x)
+
+
+def strip(params: Params) -> Params:
+    """The bases alone: no adapter, nothing beside a module. What has no base, such as a quantized kernel, stays.
+
+    An unfrozen parameter has taken the place of its base: its present value is returned.
+    """
+
+    def base(_, x):
+        while isinstance(x, Reparam):
+            x = x.base
+        return x if isinstance(x, Matrix) or not isinstance(x, Leaf) else value(x)
+
+    return _plain(params, base)
+
+
+def attach(params: Params, at: dict[str, Node], *, name: str) -> Params:
+    """Put nodes beside the parameters of modules: `at` maps a module's path (`""` is the model) to its node.
+
+    The node stands under `name`, or `name_1`, `name_2`, ... where that is taken; later ones act around earlier ones.
+
+    **Raises** `ValueError` for a path at which the tree has no module.
+    """
+
+    def walk(tree, path):
+        if path in at and not isinstance(tree, dict):
+            raise ValueError(f"{path!r} is a parameter: what acts on activations stands beside a module's parameters.")
+        if not isinstance(tree, dict):
+            return tree
+        here = {k: walk(x, f"{path}/{k}" if path else k) for k, x in tree.items()}
+        if path in at:
+            missing.discard(path)
+            taken = sum(k == name or k.startswith(f"{name}_") for k in here)
+            here[f"{name}_{taken}" if taken else name] = at[path]
+        return here
+
+    missing = set(at)
+    tree = walk(params, "")
+    if missing:
+        raise ValueError(f"No module has the path {sorted(missing)}. There are parameters {list(named_leaves(params))[:8]}.")
+    return tree
