@@ -23,5 +23,16 @@ from ._tree import partition as partition
 from ._tree import strip as strip
 from ._tree import transform as transform
 from ._tree import wrap as wrap
+from .additive._bottleneck import Bottleneck as Bottleneck
+from .additive._bottleneck import bottleneck as bottleneck
+from .additive._prompt import Prompt as Prompt
+from .additive._prompt import Room as Room
+from .additive._prompt import prompt as prompt
 from .reparam._lora import LoRA as LoRA
 from .reparam._lora import lora as lora
+from .selective._unfreeze import Free as Free
+from .selective._unfreeze import Rows as Rows
+from .selective._unfreeze import bitfit as bitfit
+from .selective._unfreeze import last_layers as last_layers
+from .selective._unfreeze import norms as norms
+from .selective._unfreeze import unfreeze as unfreeze

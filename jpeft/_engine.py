@@ -57,7 +57,8 @@ def evaluate(fn: Callable, params: Any, follow: Callable[[str, Any], bool], key:
     paths, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_param)
     plain, inputs = [], []
     for path, leaf in paths:
-        name, followed = name_of(path), follow(name_of(path), leaf)
+        name = name_of(path)
+        followed = follow(name, leaf) and bool(jax.tree.leaves(leaf))  # of a node without arrays nothing can be seen
         if followed:
             record.names[name] = leaf
         whole = isinstance(leaf, Leaf)

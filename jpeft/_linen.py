@@ -34,7 +34,7 @@ def additive_calls(record: Record, key: Any) -> Iterator[None]:
         try:
             call = next_fun
             for name, node in _beside(module):
-                call = functools.partial(node.around, call, _key(module, name, node, key))
+                call = _around(node, call, _key(module, name, node, key))
             y = call(*args, **kwargs)
         finally:
             active.pop()
@@ -47,6 +47,14 @@ def additive_calls(record: Record, key: Any) -> Iterator[None]:
             yield
     finally:
         _inside.reset(token)
+
+
+def _around(node: Additive, call: Callable, key: Any) -> Callable:
+    @functools.wraps(call)  # with the signature of the module's method
+    def around(*args, **kwargs):
+        return node.around(call, key, *args, **kwargs)
+
+    return around
 
 
 def _params(module: nn.Module) -> dict[str, Any]:

@@ -87,6 +87,15 @@ class Leaf(Node, meta.AxisMetadata):
         """
         return None
 
+    @property
+    def original(self) -> Any:
+        """What stood here before: an array, a box or another `Leaf`; `None` if the node does not keep it."""
+        return None
+
+    def rebuild(self, parameter: Any) -> "Leaf":
+        """The node made whole, over what stands at its place in a base tree: for one read back without its base."""
+        return self
+
     # Flax's protocol for a boxed parameter.
 
     def unbox(self):
@@ -156,6 +165,13 @@ class Reparam(Matrix):
 
     base: Frozen[Any] = None  # the kernel as it was: an array, or a `Leaf` of its own
 
+    @property
+    def original(self):
+        return self.base
+
+    def rebuild(self, parameter):
+        return self.replace(base=parameter)
+
     @abc.abstractmethod
     def weight(self, w: jax.Array) -> jax.Array:
         """The matrix that this node makes of its base `w`, both `(in, out)`."""
@@ -219,10 +235,10 @@ def value(x: Any) -> jax.Array:
 
 
 def rebox(x: Any, new: Any) -> Any:
-    """`new` in the box, if there is one, that the innermost base of `x` stands in."""
-    while isinstance(x, Reparam):
-        x = x.base
-    return x.replace_boxed(new) if isinstance(x, meta.AxisMetadata) and not isinstance(x, Leaf) else new
+    """`new` in the box, such as `nn.Partitioned`, that stood where `x` stands, if one did."""
+    while isinstance(x, Leaf):
+        x = x.original
+    return x.replace_boxed(new) if isinstance(x, meta.AxisMetadata) else new
 
 
 def take(x: Any, fn: Callable, axis: int, drop: bool) -> Any:

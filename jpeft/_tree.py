@@ -10,7 +10,7 @@ import jax
 from ._kernel import STACK, fold, stacked
 from ._node import Additive, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value
 from ._shared import SHARED, resolve
-from ._targets import Option, Sites, Targets, kernels, name_of, named_leaves, options
+from ._targets import Call, Option, Sites, Targets, kernels, name_of, options, select
 
 
 Params = Any  # a pytree of arrays and nodes; nested dicts, for Flax
@@ -205,28 +205,73 @@ def strip(params: Params) -> Params:
     return _plain(params, base)
 
 
-def attach(params: Params, at: dict[str, Node], *, name: str) -> Params:
-    """Put nodes beside the parameters of modules: `at` maps a module's path (`""` is the model) to its node.
+def attach(
+    params: Params,
+    new: Callable,
+    *,
+    name: str,
+    targets: Targets,
+    sites: Sites | None = None,
+    key: jax.Array | None = None,
+    **given: Option,
+) -> Params:
+    """Put the `Additive` that `new(key, features_in, features_out, **options)` returns beside every targeted module.
 
-    The node stands under `name`, or `name_1`, `name_2`, ... where that is taken; later ones act around earlier ones.
+    **Arguments:**
 
-    **Raises** `ValueError` for a path at which the tree has no module.
+    - `name`: the node's name among the module's parameters, or `name_1`, `name_2`, ... where that is taken. Later ones
+      act around earlier ones.
+    - `targets`: paths of modules, `""` for the model itself. Patterns or a predicate as for parameters.
+    - `sites`: tells what a module is called with and returns, and how it is stacked. Without it a module must own a
+      two-dimensional kernel, which tells its features.
+    - `key`, `given`: as for `wrap`.
+
+    **Raises** `ValueError` for targets that match no module, and for modules of which nothing tells the features.
     """
+    known = modules(params)
+    found = list(select(targets, known, "module"))
+    chosen = options(given, found)
+    calls = {path: _features(known[path], path, sites) for path in found}
+    unknown = [path for path, call in calls.items() if call is None or call.stack is None]
+    if unknown:
+        raise ValueError(
+            f"How many features go into and out of these modules, over which first axes are they stacked? {unknown[:8]}\n"
+            'Let the model tell: sites = jpeft.sites(model, {"params": params}, *example_inputs), and pass sites=sites.'
+        )
+    at = {}
+    for path, k in zip(found, jax.random.split(default(key), len(found)), strict=True):
+        call = calls[path]
+        make = stacked(lambda k, c=call, o=chosen[path]: new(k, c.features_in, c.features_out, **o), len(call.stack))
+        at[path] = make(jax.random.split(k, call.stack) if call.stack else k)
+    return place(params, at, name)
+
+
+def modules(params: Params) -> dict[str, dict[str, Any]]:
+    """The parameters of every module, by its path; `""` is the model."""
+    found = {"": params}
+    for k, x in params.items():
+        if isinstance(x, dict) and k != SHARED:
+            found |= {f"{k}/{path}" if path else k: tree for path, tree in modules(x).items()}
+    return found
+
+
+def _features(own: dict[str, Any], path: str, sites: Sites | None) -> Call | None:
+    if sites is not None and path in sites.modules:
+        return sites.modules[path]
+    shape = jax.eval_shape(value, own["kernel"]).shape if is_param(own.get("kernel")) or hasattr(own.get("kernel"), "shape") else ()
+    return Call(*shape, ()) if len(shape) == 2 else None
+
+
+def place(params: Params, at: dict[str, Node], name: str) -> Params:
+    """The tree with a node beside the parameters of every module whose path `at` holds."""
 
     def walk(tree, path):
-        if path in at and not isinstance(tree, dict):
-            raise ValueError(f"{path!r} is a parameter: what acts on activations stands beside a module's parameters.")
         if not isinstance(tree, dict):
             return tree
         here = {k: walk(x, f"{path}/{k}" if path else k) for k, x in tree.items()}
         if path in at:
-            missing.discard(path)
             taken = sum(k == name or k.startswith(f"{name}_") for k in here)
             here[f"{name}_{taken}" if taken else name] = at[path]
         return here
 
-    missing = set(at)
-    tree = walk(params, "")
-    if missing:
-        raise ValueError(f"No module has the path {sorted(missing)}. There are parameters {list(named_leaves(params))[:8]}.")
-    return tree
+    return walk(params, "")

@@ -1,30 +1,171 @@
 """Selective methods: some of the parameters themselves train."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._node import Frozen, Leaf, Static, Trainable
-from .._targets import Sites, Targets, name_of, named_leaves, no_match, select
+from .._node import Frozen, Leaf, Node, Static, Trainable, is_node, is_param, rebox, value
+from .._targets import Targets, name_of, named_leaves, no_match, select
 from .._tree import Params, nesting, transform
 
 
 class Free(Leaf):
-    """A parameter that trains: $W' = W$, with $W$ a trainable leaf."""
+    """A parameter that trains: $W' = W$."""
 
-    array: Trainable[jax.Array]
+    array: Trainable[Any]  # the parameter as it stood there: an array, or a box such as `nn.Partitioned`
+
+    @property
+    def original(self):
+        return self.array
 
     def value(self):
-        return self.array
+        return value(self.array)
 
 
 class Rows(Leaf):
-    """A stacked parameter whose last layers train: $W' = [W_{:L-k}; R]$, joined along the stacked `axis`."""
+    """A stacked parameter of which the last layers train: $W' = [W_{:L-k}; R]$, joined along the stacked `axis`."""
 
-    base: Frozen[jax.Array]  # the layers that do not train
+    base: Frozen[Any]  # the layers that do not train
     rows: Trainable[jax.Array]  # the k that do
     axis: Static[int] = 0
 
+    @property
+    def original(self):
+        return self.base
+
+    def rebuild(self, parameter):
+        return self.replace(base=_cut(parameter, self.rows.shape[self.axis], self.axis)[0])
+
     def value(self):
-        return jnp.concatenate([self.base, self.rows], axis=self.axis)
+        return jnp.concatenate([value(self.base), self.rows], axis=self.axis)
+
+
+def _cut(leaf: Any, k: int, axis: int) -> tuple[Any, jax.Array]:
+    """All but the last `k` places along `axis`, in the box that `leaf` may be, and those."""
+    head, rows = jnp.split(value(leaf), [value(leaf).shape[axis] - k], axis=axis)
+    return rebox(leaf, head), rows
+
+
+def _free(params: Params, names: Any) -> Params:
+    def one(path, x):
+        if (name := name_of(path)) not in names:
+            return x
+        if isinstance(x, Node):
+            raise nesting(name, x)
+        return Free(array=x)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+
+
+@transform
+def unfreeze(params: Params, *, targets: Targets, key: jax.Array | None = None) -> Params:
+    """Let every targeted parameter train. See `Free`.
+
+    **Arguments:**
+
+    - `targets`: which parameters, of any shape: patterns, or a predicate `(path, leaf) -> bool`.
+    - `key`: not used.
+
+    **Raises** `ValueError` for a pattern that matches nothing, and for a parameter that a node has taken the place of.
+    """
+    return _free(params, select(targets, named_leaves(params)))
+
+
+@transform
+def bitfit(params: Params, *, targets: Targets = r"(.*/)?bias", key: jax.Array | None = None) -> Params:
+    """Let the biases train: every parameter named `bias`, those of norms too.
+
+    Ben Zaken et al., [BitFit](https://arxiv.org/abs/2106.10199), ACL 2022. Give its optimizer no weight decay.
+
+    **Raises** `ValueError` for a model without biases, and otherwise as `unfreeze` does.
+    """
+    leaves = named_leaves(params)
+    if not callable(targets) and not any(re.fullmatch(r"(.*/)?bias", name) for name in leaves):
+        raise ValueError(
+            "This model has no parameter named `bias`: BitFit would train nothing. `jpeft.norms` trains the norms' "
+            f"scales, `jpeft.unfreeze` what its `targets` name. There are: {', '.join(list(leaves)[:8])}, ..."
+        )
+    return _free(params, select(targets, leaves))
+
+
+@transform
+def norms(params: Params, *, targets: Targets = ".*", key: jax.Array | None = None) -> Params:
+    """Let the norms train: every vector named `scale`, and the `bias` beside one.
+
+    Zhao et al., [Tuning LayerNorm in Attention](https://arxiv.org/abs/2312.11420), ICLR 2024. The scales train as they
+    are stored, also where a model adds one to them. It needs a learning rate well above that of full fine-tuning.
+
+    **Arguments:**
+
+    - `targets`: which of them, by the path of the parameter; all by default.
+
+    **Raises** `ValueError` where there is none, and otherwise as `unfreeze` does.
+    """
+    leaves = named_leaves(params)
+    owners = {name.rpartition("/")[0] for name in leaves if name.rpartition("/")[2] == "scale"}
+    found = {n: x for n, x in leaves.items() if n.rpartition("/")[0] in owners and n.rpartition("/")[2] in ("scale", "bias")}
+    if not found:
+        raise no_match([r"(.*/)?scale"], list(leaves), "norm")
+    return _free(params, select(targets, found))
+
+
+NUMBERED = r"(?P<stack>(?:.*/)?(?:\w*(?:layer|block)s?|h)_?/?)(?P<layer>\d+)/.*"
+STACKED = r"(?P<stack>(?:.*/)?(?:\w*(?:layer|block)s?|h))/.*"
+
+
+@transform
+def last_layers(
+    params: Params,
+    *,
+    k: int,
+    layers: str | None = None,
+    axis: int = 0,
+    key: jax.Array | None = None,
+) -> Params:
+    r"""Let the last `k` layers train, numbered (`layers_11/...`) or stacked by `nn.scan` (`layers/...`). See `Rows`.
+
+    Where a model has several stacks of layers, an encoder's and a decoder's, it is the last `k` of each.
+
+    **Arguments:**
+
+    - `k`: how many layers.
+    - `layers`: a pattern of the parameters in layers, with a group `(?P<stack>...)` of what all of a stack share and,
+      if they are numbered, `(?P<layer>\d+)`. By default names such as `layers_3/`, `Block_3/`, `h/3/`, or `layers/`.
+    - `axis`: which axis of stacked parameters the layers are on.
+    - `key`: not used.
+
+    **Raises** `ValueError` where there are no layers or fewer than `k`, where parameters of one stack are of different
+    sizes along `axis`, and for a parameter that a node has taken the place of.
+    """
+    leaves = named_leaves(params)
+    found = {n: re.fullmatch(layers or NUMBERED, n, re.IGNORECASE) for n in leaves}
+    if not layers and not any(found.values()):
+        found = {n: re.fullmatch(STACKED, n, re.IGNORECASE) for n in leaves}
+    found = {n: m.groupdict() for n, m in found.items() if m}
+    if not found:
+        raise no_match([layers or STACKED], list(leaves), "layer")
+    place = {n: int(m["layer"]) if "layer" in m else None for n, m in found.items()}
+    count: dict[str, int] = {}
+    for n, m in found.items():
+        size = jax.eval_shape(value, leaves[n]).shape[axis] if place[n] is None else 1 + place[n]
+        if place[n] is None and count.setdefault(m["stack"], size) != size:
+            raise ValueError(f"{n!r} has {size} places along axis {axis}, others of {m['stack']!r} {count[m['stack']]}.")
+        count[m["stack"]] = max(count.get(m["stack"], 0), size)
+    if not 1 <= k <= min(count.values()):
+        raise ValueError(f"`k` is {k}, but the stacks of layers have {count}.")
+    first = {n: count[m["stack"]] - k for n, m in found.items()}
+
+    def one(path, x):
+        name = name_of(path)
+        if name not in found or (place[name] is not None and place[name] < first[name]):
+            return x
+        if is_node(x):
+            raise nesting(name, x)
+        if place[name] is not None:
+            return Free(array=x)
+        base, rows = _cut(x, k, axis)
+        return Rows(base=base, rows=rows, axis=axis)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)

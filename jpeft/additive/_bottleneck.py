@@ -1,0 +1,120 @@
+"""Bottleneck adapters."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from .._node import Additive, Static, Trainable
+from .._operands import dropout as drop
+from .._targets import Option, Sites, Targets
+from .._tree import Params, attach, transform
+
+
+class Bottleneck(Additive):
+    r"""$y' = y + s\,(\phi(h D + d)\,U + u)$, with $h = y$, or $h = x$ (the module's input) if parallel.
+
+    Houlsby et al., [Parameter-Efficient Transfer Learning for NLP](https://arxiv.org/abs/1902.00751), ICML 2019.
+    """
+
+    down: Trainable[jax.Array, "in width"]
+    down_bias: Trainable[jax.Array, "width"]
+    up: Trainable[jax.Array, "width out"]
+    up_bias: Trainable[jax.Array, "out"]
+    scale: Static[float] = 1.0
+    activation: Static[str] = "gelu"
+    parallel: Static[bool] = False
+    dropout: Static[float] = 0.0
+
+    def around(self, call, key, *args, **kwargs):
+        result = call(*args, **kwargs)
+        y = result[0] if isinstance(result, tuple) else result
+        h = drop(args[0] if self.parallel else y, self.dropout, key)
+        down, down_bias, up, up_bias = (a.astype(h.dtype) for a in (self.down, self.down_bias, self.up, self.up_bias))
+        h = getattr(jax.nn, self.activation)(_affine(h, down, down_bias))
+        y = y + (self.scale * _affine(h, up, up_bias)).astype(y.dtype)
+        return (y, *result[1:]) if isinstance(result, tuple) else y
+
+
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    return x @ kernel + jnp.broadcast_to(bias, (*x.shape[:-1], *bias.shape))
+
+
+ATTENTION_OUT = r"(.*/)?(\w*attention|\w*attn)\w*/(out|o_proj|out_proj|c_proj|output|wo|dense)"
+MLP_OUT = r"(.*/)?(\w*mlp|ffn|feed_forward)\w*/(down|down_proj|out|c_proj|fc2|wo|output|dense)"
+MLP = r"(.*/)?(\w*mlp|ffn|feed_forward)\w*"
+
+# placement -> modules, activation, scale, parallel
+PLACEMENTS = {
+    "houlsby": ((ATTENTION_OUT, MLP_OUT), "gelu", 1.0, False),
+    "pfeiffer": ((MLP_OUT,), "relu", 1.0, False),
+    "parallel": ((MLP,), "relu", 4.0, True),
+}
+
+
+@transform
+def bottleneck(
+    params: Params,
+    *,
+    width: Option = 64,
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby",
+    activation: str | None = None,
+    scale: Option = None,
+    dropout: Option = 0.0,
+    init: Literal["zero", "houlsby"] = "zero",
+    targets: Targets | None = None,
+    sites: Sites | None = None,
+    key: jax.Array | None = None,
+) -> Params:
+    r"""Put a trainable bottleneck at modules of every layer. See `Bottleneck`.
+
+    **Arguments:**
+
+    - `width`: of the bottleneck; a number, or a mapping from patterns of module paths to numbers, as are `scale`, `dropout`.
+    - `placement`: `"houlsby"` after the attention's output projection and after the feed-forward one, each before the
+      residual sum; `"pfeiffer"` after the feed-forward one alone; `"parallel"` beside the whole feed-forward block,
+      scaled by 4 (He et al., <https://arxiv.org/abs/2110.04366>).
+    - `activation`: a name in `jax.nn`; by default `"gelu"` for `"houlsby"`, else `"relu"`.
+    - `dropout`: of the bottleneck's input, where `apply` is given a `"dropout"` key.
+    - `init`: `"zero"`: $D \sim U(\pm 1/\sqrt{in})$, $U = 0$, so that the model is unchanged at the start. `"houlsby"`:
+      both from a normal of standard deviation $10^{-3}$, truncated at two of them; the model is nearly unchanged.
+    - `targets`: paths of other modules than the placement's, found by their usual names. Any module will do that takes
+      and returns `(..., features)`, or a tuple whose first is.
+    - `sites`: needed for modules that own no two-dimensional kernel, or are stacked by `nn.scan`.
+    - `key`: for the initialisation; `jax.random.key(0)` if left out.
+
+    **Raises** `ValueError` for an unknown placement or activation, and for targets as `attach` does.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"`placement` is {placement!r}: one of {', '.join(PLACEMENTS)}.")
+    if init not in ("zero", "houlsby"):
+        raise ValueError(f"`init` is {init!r}: 'zero' or 'houlsby'.")
+    modules, phi, factor, parallel = PLACEMENTS[placement]
+    phi = activation or phi
+    if not callable(getattr(jax.nn, phi, None)):
+        raise ValueError(f"`jax.nn` has no activation {phi!r}.")
+
+    def new(key, d_in, d_out, *, width, scale, dropout):
+        d_in = d_in if parallel else d_out
+        key_down, key_up = jax.random.split(key)
+        if init == "zero":
+            down = jax.random.uniform(key_down, (d_in, width), minval=-1.0, maxval=1.0) / d_in**0.5
+            up = jnp.zeros((width, d_out))
+        else:
+            down = 1e-3 * jax.random.truncated_normal(key_down, -2.0, 2.0, (d_in, width))
+            up = 1e-3 * jax.random.truncated_normal(key_up, -2.0, 2.0, (width, d_out))
+        return Bottleneck(
+            down=down,
+            down_bias=jnp.zeros(width),
+            up=up,
+            up_bias=jnp.zeros(d_out),
+            scale=factor if scale is None else scale,
+            activation=phi,
+            parallel=parallel,
+            dropout=dropout,
+        )
+
+    return attach(
+        params, new, name="bottleneck", targets=modules if targets is None else targets, sites=sites, key=key,
+        width=width, scale=scale, dropout=dropout,
+    )  # fmt: skip
