@@ -6,6 +6,9 @@ from ._apply import apply as apply
 from ._apply import coverage as coverage
 from ._apply import intercept as intercept
 from ._apply import sites as sites
+from ._checkpoint import BaseMismatchError as BaseMismatchError
+from ._checkpoint import restore as restore
+from ._checkpoint import save as save
 from ._node import Additive as Additive
 from ._node import Branch as Branch
 from ._node import Frozen as Frozen
@@ -14,6 +17,10 @@ from ._node import Node as Node
 from ._node import Reparam as Reparam
 from ._node import Static as Static
 from ._node import Trainable as Trainable
+from ._shared import Ref as Ref
+from ._storage import CheckpointError as CheckpointError
+from ._summary import Summary as Summary
+from ._summary import summary as summary
 from ._tree import attach as attach
 from ._tree import chain as chain
 from ._tree import combine as combine
@@ -28,6 +35,12 @@ from .additive._bottleneck import bottleneck as bottleneck
 from .additive._prompt import Prompt as Prompt
 from .additive._prompt import Room as Room
 from .additive._prompt import prompt as prompt
+from .quantized._int4 import Int4 as Int4
+from .quantized._int4 import int4 as int4
+from .quantized._int8 import Int8 as Int8
+from .quantized._int8 import int8 as int8
+from .quantized._nf4 import NF4 as NF4
+from .quantized._nf4 import nf4 as nf4
 from .reparam._lora import LoRA as LoRA
 from .reparam._lora import lora as lora
 from .selective._unfreeze import Free as Free

@@ -16,6 +16,10 @@ from ._targets import Site, Sites
 from ._tree import Params, shared_arrays
 
 
+# Part of the key of every `jax.jit` cache: a module under `nn.jit` whose trace was reused would not be seen called.
+_trace_of = jax.make_user_context(None)
+
+
 class UnusedNodeError(ValueError):
     """A node that the traced call never uses: training it would do nothing."""
 
@@ -157,7 +161,8 @@ def _trace(target, variables, args, kwargs, rngs, follow) -> Record:
         kept.append(_run(target, variables, args, kwargs, rngs, follow)[1])
 
     arrays, rebuild = _abstract((variables, args, kwargs, rngs))
-    jax.eval_shape(lambda arrays: run(*rebuild(arrays)), arrays)
+    with _trace_of(object()):
+        jax.eval_shape(lambda arrays: run(*rebuild(arrays)), arrays)
     return kept[0]
 
 

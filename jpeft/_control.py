@@ -4,7 +4,6 @@ A rule takes the engine, the equation, its inputs with a `View` among them, and 
 computation, or is carried around a loop, is an array. A loop's iterations draw different keys.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from . import _shim
 from ._kernel import IN, OUT, STACK
 from ._node import Branch, Leaf, Node, Reparam, Role, value
+from ._operands import fold_in
 from ._shared import is_shared
 from ._view import View
 
@@ -72,8 +72,7 @@ def _while(engine, eqn, vals, key):
 
     def run(closed, consts, carry):
         count, *carry = carry
-        k = None if key is None else jax.random.fold_in(key, count)
-        return engine.formed(engine.run(closed.jaxpr, closed.consts, [*consts, *carry], k))
+        return engine.formed(engine.run(closed.jaxpr, closed.consts, [*consts, *carry], fold_in(key, count)))
 
     _, *out = jax.lax.while_loop(
         lambda carry: run(p["cond_jaxpr"], vals[:a], carry)[0],
@@ -93,34 +92,37 @@ def _cond(engine, eqn, vals, key):
 
 
 def _custom_vjp(engine, eqn, vals, key):
-    """Both rules of the function, each evaluated with the views; what its backward pass says of a weight reaches the node."""
+    """Both rules of the function, each evaluated with the views; what its backward pass says of a weight reaches the node.
+
+    Without a key: the function's own backward pass cannot know what was dropped.
+    """
     fwd, bwd, forwarded = _shim.custom_vjp_rules(eqn)
     avals = [v.aval for v in eqn.invars]
     forward = jax.make_jaxpr(fwd)(*avals)
     backward = None
 
     @jax.custom_vjp
-    def call(vals, key):
+    def call(vals):
         inner = eqn.params["call_jaxpr"]
-        return engine.formed(engine.run(inner.jaxpr, inner.consts, vals, key))
+        return engine.formed(engine.run(inner.jaxpr, inner.consts, vals, None))
 
-    def rule_fwd(vals, key):
-        outs = engine.run(forward.jaxpr, forward.consts, vals, key)
+    def rule_fwd(vals):
+        outs = engine.run(forward.jaxpr, forward.consts, vals, None)
         kept = len(outs) - len(eqn.outvars)
         own, outs = iter(outs[:kept]), engine.formed(outs[kept:])
         residuals = [next(own) if n is None else vals[n] for n in forwarded()]
-        return outs, (residuals, vals, key)
+        return outs, (residuals, vals)
 
     def rule_bwd(saved, cts):
         nonlocal backward
-        residuals, vals, key = saved
+        residuals, vals = saved
         shapes = [jax.eval_shape(View.value, r) if isinstance(r, View) else jax.typeof(r) for r in residuals]
         backward = backward or jax.make_jaxpr(bwd)(*shapes, *cts)
-        outs = engine.formed(engine.run(backward.jaxpr, backward.consts, [*residuals, *cts], key))
-        return [_cotangent(v, ct) for v, ct in zip(vals, outs, strict=True)], None
+        outs = engine.formed(engine.run(backward.jaxpr, backward.consts, [*residuals, *cts], None))
+        return ([_cotangent(v, ct) for v, ct in zip(vals, outs, strict=True)],)
 
     call.defvjp(rule_fwd, rule_bwd)
-    return call(vals, key)
+    return call(vals)
 
 
 def _cotangent(x, ct):
@@ -139,8 +141,7 @@ def _shard_map(engine, eqn, vals, key):
         inputs.append(x)
 
     def body(key, *args):
-        for axis in p["newly_manual_axes"] if key is not None else ():
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        key = fold_in(key, jax.lax.axis_index(tuple(sorted(p["newly_manual_axes"]))))
         args = [_local(a) if isinstance(a, View) else a for a in args]
         return engine.formed(engine.run(p["jaxpr"], (), args, key))
 
@@ -212,9 +213,11 @@ def _local(view: View) -> View:
         base = base.base
     if isinstance(base, Leaf):
         return view
-    shape = value(base).shape
-    dims = tuple(tuple(t for t in dim) for dim in view.layout.dims)
-    return view.replace(layout=dataclasses.replace(view.layout, sizes=tuple(shape), dims=dims))
+    layout = view.layout
+    for d in range(len(layout.dims)):
+        axis = layout.whole_axis(d)
+        layout = layout if axis is None else layout.resize(d, value(base).shape[axis])
+    return view.replace(layout=layout)
 
 
 RULES: dict[str, Callable[[Any, Any, list[Any], Any], list[Any] | None]] = {

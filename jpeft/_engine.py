@@ -6,7 +6,6 @@ product and what the node's branch adds. Anything else takes the node's value, w
 """
 
 import collections
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 
 from . import _control, _moves, _products, _shim
 from ._node import Leaf, Matrix, is_param, rebox, value
+from ._operands import fold_in
 from ._targets import Call, name_of
 from ._view import View
 
@@ -86,44 +86,39 @@ class _Engine:
         self.record = record
 
     def run(self, jaxpr: Any, consts: Any, args: list[Any], key: Any) -> list[Any]:
-        """The outputs of a jaxpr, views among them where they are its inputs."""
+        """The outputs of a jaxpr, views among them where they are its inputs. Every use of a view has a key of its own."""
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
         read = lambda v: v.val if isinstance(v, _shim.Literal) else env[v]
-        for eqn in jaxpr.eqns:
+        for n, eqn in enumerate(jaxpr.eqns):
             vals = [read(v) for v in eqn.invars]
-            outs = self.equation(eqn, vals, key) if any(isinstance(v, View) for v in vals) else _shim.bind(eqn, vals)
+            viewed = any(isinstance(v, View) for v in vals)
+            outs = self.equation(eqn, vals, fold_in(key, n)) if viewed else _shim.bind(eqn, vals)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def formed(self, xs: list[Any]) -> list[Any]:
-        """The values of views, and arrays as they are."""
+    def formed(self, xs: list[Any], op: str | None = None) -> list[Any]:
+        """The values of views, and arrays as they are; `op` is the operation that consumes them."""
         for x in xs:
             if isinstance(x, View):
                 self.record.note(x.name, "merged" if isinstance(x.node, Leaf) else "branched")
+                self.record.ops[x.name] |= {op: None} if op else {}
         return [x.value() if isinstance(x, View) else x for x in xs]
 
     def equation(self, eqn: Any, vals: list[Any], key: Any) -> list[Any]:
         """The outputs of an equation that has a view among its inputs."""
         name, outs = eqn.primitive.name, None
         if name in _moves.RULES:
-            outs = _moves.RULES[name](eqn, vals, self.record.axis)
+            outs = _moves.RULES[name](self, eqn, vals)
         elif name in _control.RULES:
             outs = _control.RULES[name](self, eqn, vals, key)
         elif name in _products.RULES:
             outs = self.product(eqn, vals, key)
-        if outs is None:
-            for v in vals:
-                if isinstance(v, View):
-                    self.record.ops[v.name][name] = None
-            outs = _shim.bind(eqn, self.formed(vals))
-        return outs
+        return _shim.bind(eqn, self.formed(vals, name)) if outs is None else outs
 
     def product(self, eqn: Any, vals: list[Any], key: Any) -> list[Any] | None:
         product = _products.RULES[eqn.primitive.name](eqn, vals)
         if product is None:
             return None
         self.record.product(eqn, product)
-        if key is not None:
-            key = jax.random.fold_in(key, zlib.crc32(product.view.name.encode()))
         bind = lambda vals: _shim.bind(eqn, vals)[0]
         return [_products.compute(product, bind, vals, key, self.record.note)]

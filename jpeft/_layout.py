@@ -1,7 +1,8 @@
 """How a view of a kernel is laid out: which parts of which kernel axes each of its dimensions consists of.
 
 A kernel's axes are *atoms*; a reshape may split an atom into a major and a minor one. Transposes, reshapes and squeezes
-only move atoms about, so an operation that consumes the view can be read back in terms of the kernel's own axes.
+only move atoms about, so an operation that consumes the view can be read back in terms of the kernel's own axes. An atom
+of size one is a dimension of its own, or none.
 """
 
 import dataclasses
@@ -9,6 +10,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+
+from ._kernel import STACK
 
 
 UNKNOWN = "?"
@@ -25,36 +28,44 @@ class Layout:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], letters: str) -> "Layout":
-        """The kernel itself. Axes of size one are parts of no dimension."""
+        """The kernel itself."""
         every = tuple(range(len(shape)))
-        return cls(letters, tuple(shape), every, tuple((n,) if shape[n] != 1 else () for n in every))
+        return cls(letters, tuple(shape), every, tuple((n,) for n in every))
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(math.prod(self.sizes[t] for t in dim) for dim in self.dims)
 
     def atoms(self, letter: str) -> tuple[int, ...]:
-        """The atoms of a letter, in the order in which `fold` keeps them, without those of size one."""
-        return tuple(t for t, c in enumerate(self.letters) if c == letter and self.sizes[t] != 1)
+        """The atoms of a letter that count, in the order in which `fold` keeps them."""
+        return tuple(t for t, c in enumerate(self.letters) if c == letter and self._counts(t))
 
     def of_dims(self, dims) -> tuple[int, ...]:
-        """The atoms of some dimensions of the view, in their order there."""
-        return tuple(t for d in dims for t in self.dims[d])
+        """The atoms of some dimensions of the view that count, in their order there."""
+        return tuple(t for d in dims for t in self.dims[d] if self._counts(t))
+
+    def _counts(self, t: int) -> bool:
+        """Whether an atom is more than a one in a shape, that may come and go."""
+        return self.sizes[t] != 1 or self.letters[t] == STACK
 
     def transpose(self, perm) -> "Layout":
         return dataclasses.replace(self, dims=tuple(self.dims[d] for d in perm))
 
     def reshape(self, shape: tuple[int, ...]) -> "Layout | None":
         """The layout after a reshape; `None` if it cuts an atom unevenly, or one that is stacked."""
-        new, queue, dims = self, list(self.of_dims(range(len(self.dims)))), []
+        new, queue, dims = self, [t for dim in self.dims for t in dim], []
         for size in shape:
             dim, left = [], size
+            if size == 1 and queue and new.sizes[queue[0]] == 1:
+                dim.append(queue.pop(0))
             while left > 1:
+                while queue and new.sizes[queue[0]] == 1:
+                    queue.pop(0)
                 if not queue:
                     return None
                 t = queue[0]
                 n = new.sizes[t]
-                if left % n and (n % left or new.letters[t] == "s"):
+                if left % n and (n % left or new.letters[t] == STACK):
                     return None
                 if left % n:  # take the major part of the atom, leave the minor
                     new, queue = new._split(t, left), [t, t + 1, *(u + (u > t) for u in queue[1:])]
@@ -63,7 +74,7 @@ class Layout:
                 dim.append(queue.pop(0))
                 left //= n
             dims.append(tuple(dim))
-        return None if queue else dataclasses.replace(new, dims=tuple(dims))
+        return None if any(new.sizes[t] != 1 for t in queue) else dataclasses.replace(new, dims=tuple(dims))
 
     def _split(self, t: int, major: int) -> "Layout":
         double = lambda xs: (*xs[: t + 1], *xs[t:])
@@ -87,8 +98,7 @@ class Layout:
     def resize(self, d: int, size: int) -> "Layout":
         """The layout with another size of dimension `d`, which is one whole axis of the kernel."""
         (t,) = self.dims[d]
-        dims = self.dims if size != 1 else (*self.dims[:d], (), *self.dims[d + 1 :])
-        return dataclasses.replace(self, sizes=(*self.sizes[:t], size, *self.sizes[t + 1 :]), dims=dims)
+        return dataclasses.replace(self, sizes=(*self.sizes[:t], size, *self.sizes[t + 1 :]))
 
     def whole_axis(self, d: int) -> int | None:
         """The kernel's axis that dimension `d` is, if it is just one and all of it."""

@@ -1,7 +1,6 @@
 """Flax Linen: the nodes that stand beside modules, and calls of `model.apply` by other code."""
 
 import contextlib
-import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,9 @@ from ._shared import unshare
 from ._targets import Call, name_of
 
 
-_inside = contextvars.ContextVar("inside", default=False)  # whether a door is open already
+# Which door is open. It is part of the key of every `jax.jit` cache: what `nn.jit` or the caller's own `jax.jit` traced
+# outside is traced anew inside, and the reverse.
+_door = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
@@ -41,12 +42,8 @@ def additive_calls(record: Record, key: Any) -> Iterator[None]:
         _note(record, module, args, y)
         return y
 
-    token = _inside.set(True)
-    try:
-        with nn.intercept_methods(interceptor):
-            yield
-    finally:
-        _inside.reset(token)
+    with _door("apply"), nn.intercept_methods(interceptor):
+        yield
 
 
 def _around(node: Additive, call: Callable, key: Any) -> Callable:
@@ -109,7 +106,7 @@ def root_calls(run: Callable) -> Iterator[None]:
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
-        if _inside.get() or module.scope is None or context.method_name == "setup" or not _has_nodes(_params(module)):
+        if _door.value == "apply" or module.scope is None or context.method_name == "setup" or not _has_nodes(_params(module)):
             return next_fun(*args, **kwargs)
         scope = module.scope
         rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
@@ -125,7 +122,7 @@ def root_calls(run: Callable) -> Iterator[None]:
                 scope.put_variable(collection, name, x)
         return out
 
-    with nn.intercept_methods(interceptor):
+    with _door("intercept"), nn.intercept_methods(interceptor):
         yield
 
 

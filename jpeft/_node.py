@@ -146,7 +146,8 @@ class Matrix(Leaf):
                 "transform, which its own arrays do not have there. Call the model through `jpeft.apply`, or within "
                 "`jpeft.intercept()`."
             )
-        return self.replace(axes=self.axes[:index] + self.axes[index + 1 :])
+        base = {"base": self.base.remove_axis(index, params)} if isinstance(self.original, meta.AxisMetadata) else {}
+        return self.replace(axes=self.axes[:index] + self.axes[index + 1 :], **base)
 
     def each(self, fn: Callable, *args: Any, mapped: list[tuple[int | None, ...]] | None = None) -> Any:
         """`fn(node, *args)` for the node of every matrix, with the stacked axes first in the result.
@@ -177,11 +178,14 @@ class Reparam(Matrix):
         """The matrix that this node makes of its base `w`, both `(in, out)`."""
 
     def value(self):
-        w = value(self.base)
-        exact = jnp.promote_types(w.dtype, jnp.float32)  # a small update is lost in a bfloat16 sum: cast last
-        adapter = cast(self.replace(base=None), exact)
-        m = adapter.each(lambda node, w: node.weight(w), fold(w, self.axes).astype(exact))
-        return unfold(m, w.shape, self.axes).astype(w.dtype)
+        return self.exact().astype(jax.eval_shape(value, self.base).dtype)
+
+    def exact(self) -> jax.Array:
+        """The value in float32 at least: small updates are lost in a sum of bfloat16s, so a merge casts last."""
+        w = self.base.exact() if isinstance(self.base, Reparam) else value(self.base)
+        w = w.astype(jnp.float32) if jnp.finfo(w.dtype).bits < 32 else w
+        m = cast(self.replace(base=None), w.dtype).each(lambda node, w: node.weight(w), fold(w, self.axes))
+        return unfold(m, w.shape, self.axes)
 
 
 class Branch(Reparam):

@@ -90,6 +90,11 @@ class Routed(Operand):
         return dataclasses.replace(self, x=fn(self.x))
 
 
+def fold_in(key: jax.Array | None, data: Any) -> jax.Array | None:
+    """A key of its own for a part of a computation, where there is a key."""
+    return None if key is None else jax.random.fold_in(key, data)
+
+
 def dropout(x: Any, rate: float, key: jax.Array | None) -> Any:
     """Inverted dropout of an array or an operand: off where there is no `key`."""
     if key is None or not rate:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ._node import Branch, Leaf, Reparam
-from ._operands import Lookup, NoRule, Routed, Window
+from ._operands import Lookup, NoRule, Routed, Window, fold_in
 from ._view import View
 
 
@@ -60,12 +60,13 @@ def _dot(view, x, contract, batch, free, first, out_shape, precision, key):
     if any(layout.letters[t] != "s" for t in layout.of_dims(batch[0])):
         return None
     inner, outer = (layout.atoms("i"), layout.atoms("o")) if forward else (layout.atoms("o"), layout.atoms("i"))
-    stacks = [t for t, c in enumerate(layout.letters) if c == "s"]
+    stacks = layout.atoms("s")
 
     # the dimensions of x: atoms of the kernel where it meets the kernel, (d,) where it does not
     meets = {xd: vd for vds, xds in (contract, batch) for vd, xd in zip(vds, xds, strict=True)}
-    pieces = [t for d in range(x.ndim) for t in (layout.dims[meets[d]] if d in meets else ((d,),))]
-    size = lambda t: x.shape[t[0]] if isinstance(t, tuple) else layout.sizes[t]
+    pieces = [t for d in range(x.ndim) for t in (layout.of_dims([meets[d]]) if d in meets else ((d,),))]
+    sizes = dict(enumerate(layout.sizes)) | {(d,): n for d, n in enumerate(x.shape)}
+    size = sizes.__getitem__
     x_free = [t for t in pieces if isinstance(t, tuple)]
     present = [t for t in stacks if t in pieces]
     x = x.reshape([size(t) for t in pieces])
@@ -119,8 +120,8 @@ def conv(eqn: Any, vals: list[Any]) -> Product | None:
 
     def branch(view, key):
         layout = view.layout
-        inner = [t for d in window for t in layout.dims[d]]
-        if set(inner) != set(layout.atoms("i")) or layout.dims[feature] != layout.atoms("o"):
+        inner = layout.of_dims(window)
+        if set(inner) != set(layout.atoms("i")) or layout.of_dims([feature]) != layout.atoms("o"):
             return None
         if any(c == "s" for c in layout.letters):
             return None
@@ -161,7 +162,7 @@ def gather(eqn: Any, vals: list[Any]) -> Product | None:
 
     def branch(view, key):
         layout = view.layout
-        if layout.dims[0] != layout.atoms("i") or layout.of_dims(rest) != layout.atoms("o") or "s" in layout.letters:
+        if layout.of_dims([0]) != layout.atoms("i") or layout.of_dims(rest) != layout.atoms("o") or "s" in layout.letters:
             return None
 
         def look(a):
@@ -213,7 +214,7 @@ def compute(product: Product, bind: Callable[[list[Any]], jax.Array], vals: list
     view, extra = product.view, []
     while isinstance(view.node, Branch):
         try:
-            part = product.branch(view, None if key is None else jax.random.fold_in(key, len(extra)))
+            part = product.branch(view, fold_in(key, len(extra)))
         except NoRule:
             part = None
         if part is None:

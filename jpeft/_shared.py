@@ -1,4 +1,4 @@
-"""Arrays that many nodes share: one leaf at `params["shared"]`, and a `Ref` to it in every node that uses it.
+"""Arrays that many nodes share: one leaf at `params["jpeft_shared"]`, and a `Ref` to it in every node that uses it.
 
 The leaf is a `Free` where the array trains; gradients of all its uses sum. A shared array is never stacked or copied:
 where layers are scanned or experts mapped, it stays outside.
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 
-SHARED = "shared"
+SHARED = "jpeft_shared"  # not "shared", as T5 calls its embedding
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """Stands for `params["shared"][name]`.
+    """Stands for `params["jpeft_shared"][name]`.
 
     In an `Additive` node of scanned modules it is repeated over their `stack`, for the model's own transform to slice.
     """

@@ -116,7 +116,7 @@ def _new(key: jax.Array, leaf: Any, *, new: Callable, axes: str, chosen: tuple[t
 
 
 def shared_arrays(params: Params) -> dict[str, jax.Array]:
-    """The arrays at `params["shared"]`, by name."""
+    """The arrays at `params["jpeft_shared"]`, by name."""
     here = params.get(SHARED, {}) if isinstance(params, dict) else {}
     return {name: value(x) for name, x in here.items()}
 

@@ -40,15 +40,16 @@ def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     return x @ kernel + jnp.broadcast_to(bias, (*x.shape[:-1], *bias.shape))
 
 
-ATTENTION_OUT = r"(.*/)?(\w*attention|\w*attn)\w*/(out|o_proj|out_proj|c_proj|output|wo|dense)"
-MLP_OUT = r"(.*/)?(\w*mlp|ffn|feed_forward)\w*/(down|down_proj|out|c_proj|fc2|wo|output|dense)"
-MLP = r"(.*/)?(\w*mlp|ffn|feed_forward)\w*"
+_ATTENTION = r"(.*/)?(\w*attention|\w*attn)(_\d+)?"
+_MLP = r"(.*/)?(\w*mlp|ffn|feed_forward)(_\d+)?"
+ATTENTION_OUT = _ATTENTION + "/(out|o_proj|out_proj|c_proj|output|wo|dense)"
+MLP_OUT = _MLP + "/(down|down_proj|out|c_proj|fc2|wo|output|dense)"
 
 # placement -> modules, activation, scale, parallel
 PLACEMENTS = {
     "houlsby": ((ATTENTION_OUT, MLP_OUT), "gelu", 1.0, False),
     "pfeiffer": ((MLP_OUT,), "relu", 1.0, False),
-    "parallel": ((MLP,), "relu", 4.0, True),
+    "parallel": ((_MLP,), "relu", 4.0, True),
 }
 
 

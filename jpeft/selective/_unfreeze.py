@@ -20,6 +20,9 @@ class Free(Leaf):
     def original(self):
         return self.array
 
+    def rebuild(self, parameter):
+        return self.replace(array=rebox(parameter, self.array))
+
     def value(self):
         return value(self.array)
 
@@ -40,6 +43,12 @@ class Rows(Leaf):
 
     def value(self):
         return jnp.concatenate([value(self.base), self.rows], axis=self.axis)
+
+    def remove_axis(self, index, params):
+        raise ValueError(
+            "Some rows of a stacked parameter train, and a lifted transform would slice those apart from the others. "
+            "Call the model through `jpeft.apply`, or within `jpeft.intercept()`."
+        )
 
 
 def _cut(leaf: Any, k: int, axis: int) -> tuple[Any, jax.Array]:

@@ -1,0 +1,149 @@
+"""Trees: chains, partitions, labels, merging, and arrays that many sites share."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jpeft
+from jpeft import Frozen, Trainable
+from jpeft._shared import SHARED
+
+
+class Net(nn.Module):
+    scan: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense
+        if self.scan:
+            body = lambda layer, x, _: (nn.tanh(layer(x)), None)
+            layer = nn.scan(lambda m, x, _: body(m, x, _), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            x, _ = layer(nn.Dense(6, name="layers"), x, None)
+            return x
+        for n in range(3):
+            x = nn.tanh(layer(6, name=f"layers_{n}")(x))
+        return x
+
+
+X = jax.random.normal(jax.random.key(1), (4, 6))
+
+
+@pytest.fixture
+def params():
+    return Net().init(jax.random.key(0), X)["params"]
+
+
+def test_chain_gives_every_transform_its_own_key(params):
+    twice = jpeft.chain(jpeft.lora(rank=2), jpeft.lora(rank=2))(params, key=jax.random.key(3))
+    outer = twice["layers_0"]["kernel"]
+    assert isinstance(outer.base, jpeft.LoRA)
+    assert (outer.a != outer.base.a).any()
+    assert (twice["layers_0"]["kernel"].a != twice["layers_1"]["kernel"].a).any()
+    again = jpeft.chain(jpeft.lora(rank=2), jpeft.lora(rank=2))(params, key=jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, again, twice)
+
+
+def test_without_a_key_it_is_key_zero(params):
+    jax.tree.map(np.testing.assert_array_equal, jpeft.lora(params), jpeft.lora(params, key=jax.random.key(0)))
+
+
+def test_partition_has_none_where_the_other_has_its_array(params):
+    trainable, frozen = jpeft.partition(jpeft.lora(params, rank=2))
+    assert trainable["layers_0"]["bias"] is None
+    assert trainable["layers_0"]["kernel"].base is None
+    assert frozen["layers_0"]["kernel"].a is None
+    assert frozen["layers_0"]["kernel"].base.shape == (6, 6)
+    assert len(jax.tree.leaves(optax.adam(1.0).init(trainable))) == 1 + 2 * 6
+
+
+def test_labels_freeze_with_optax(params):
+    tuned = jpeft.lora(params, rank=2)
+    tx = optax.partition({"trainable": optax.adamw(0.1, weight_decay=0.5), "frozen": optax.set_to_zero()}, jpeft.labels)
+    grads = jax.grad(lambda p: jpeft.apply(Net(), {"params": p}, X).sum())(tuned)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(grads, tx.init(tuned), tuned)
+    after = optax.apply_updates(tuned, updates)
+    jax.tree.map(np.testing.assert_array_equal, jpeft.partition(after)[1], jpeft.partition(tuned)[1])
+    assert (after["layers_0"]["kernel"].b != tuned["layers_0"]["kernel"].b).all()
+
+
+def test_a_bfloat16_merge_sums_in_float32():
+    w = jnp.full((4, 4), 256.0, jnp.bfloat16)  # where the next number is 258
+    node = jpeft.LoRA(base=w, a=jnp.ones((4, 1)), b=jnp.full((1, 4), 0.75), scale=1.0)
+    twice = jpeft.LoRA(base=node, a=jnp.ones((4, 1)), b=jnp.full((1, 4), 0.75), scale=1.0)
+    assert jpeft.merge({"w": node})["w"].dtype == jnp.bfloat16
+    assert float(jpeft.merge({"w": twice})["w"][0, 0]) == 258.0
+
+
+def test_merge_names_everything_that_cannot_be(params):
+    tuned = jpeft.bottleneck(params, width=2, targets=["layers_0", "layers_2"])
+    with pytest.raises(ValueError, match="cannot be merged") as e:
+        jpeft.merge(tuned)
+    assert "layers_0/bottleneck: Bottleneck" in str(e.value)
+    assert "layers_2/bottleneck: Bottleneck" in str(e.value)
+
+
+def test_strip_gives_the_base_back(params):
+    tuned = jpeft.bottleneck(jpeft.lora(jpeft.lora(params)), width=2, targets="layers_1")
+    jax.tree.map(np.testing.assert_array_equal, jpeft.strip(tuned), params)
+    coded = jpeft.int8(params)
+    jax.tree.map(np.testing.assert_array_equal, jpeft.strip(jpeft.lora(coded)), coded)
+
+
+class Tied(jpeft.Branch):
+    """LoRA whose first factor all sites share."""
+
+    a: Trainable[jax.Array]
+    b: Trainable[jax.Array, "rank out"]
+
+    def weight(self, w):
+        return w + self.a @ self.b
+
+    def branch(self, x, key):
+        return (x @ self.a) @ self.b
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_shared_array_is_one_leaf_and_its_gradients_sum(scan, trains):
+    net = Net(scan=scan)
+    params = net.init(jax.random.key(0), X)["params"]
+    new = lambda key, w: Tied(a=jpeft.Ref("a"), b=jax.random.normal(key, (2, w.shape[1])))
+    a = jax.random.normal(jax.random.key(2), (6, 2))
+    sites = jpeft.sites(net, {"params": params}, X)
+    tuned = jpeft.wrap(params, new, sites=sites) | {SHARED: {"a": jpeft.Free(array=a) if trains else a}}
+
+    def separate(a):
+        """Every site with a copy of its own."""
+        copies = lambda x: x.replace(a=jnp.broadcast_to(a, (*x.b.shape[:-2], *a.shape))) if isinstance(x, Tied) else x
+        plain = {k: x for k, x in tuned.items() if k != SHARED}
+        return jpeft.merge(jax.tree.map(copies, plain, is_leaf=lambda x: isinstance(x, Tied)))
+
+    loss = lambda p: jpeft.apply(net, {"params": p}, X).sum()
+    np.testing.assert_allclose(loss(tuned), net.apply({"params": separate(a)}, X).sum(), rtol=1e-5)
+    np.testing.assert_allclose(loss(tuned), net.apply({"params": jpeft.merge(tuned)}, X).sum(), rtol=1e-5)
+    trainable, frozen = jpeft.partition(tuned)
+    grads = jax.grad(lambda t: loss(jpeft.combine(t, frozen)))(trainable)
+    assert (grads[SHARED]["a"] is not None) == trains
+    if trains:
+        expected = jax.grad(lambda a: net.apply({"params": separate(a)}, X).sum())(a)
+        np.testing.assert_allclose(grads[SHARED]["a"].array, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_every_field_has_a_role():
+    with pytest.raises(TypeError, match=r"`Bad\.x` must be Trainable"):
+        type("Bad", (jpeft.Node,), {"__annotations__": {"x": int}})
+
+
+def test_a_field_without_a_value_is_no_array():
+    class Half(jpeft.Node):
+        x: Trainable[jax.Array]
+        y: Frozen[jax.Array | None] = None
+
+    assert len(jax.tree.leaves(Half(x=jnp.ones(2)))) == 1
+    trainable, frozen = jpeft.partition({"half": Half(x=jnp.ones(2), y=jnp.zeros(3))})
+    assert trainable["half"].y is None
+    assert frozen["half"].x is None
