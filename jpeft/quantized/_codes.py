@@ -49,7 +49,7 @@ def grouped(w: jax.Array, size: int) -> jax.Array:
 
 
 def poison(constants: jax.Array, w: jax.Array) -> jax.Array:
-    """The constants `(groups, out)` of the groups `w`, NaN where a weight is not finite: XLA's maxima may pass over NaN."""
+    """The constants `(groups, out)` of the groups `w`, NaN where a weight is not finite: maxima may pass over NaN."""
     return jnp.where(jnp.all(jnp.isfinite(w), axis=1), constants, jnp.nan)
 
 

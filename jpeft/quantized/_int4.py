@@ -10,13 +10,14 @@ from ._codes import Codes, grouped, pack, poison, unpack
 
 
 class Int4(Codes):
-    r"""$W_{ij} \approx s_{gj}\,(q_{ij} - z_{gj})$ with codes $q \in [0, 15]$, for every group $g$ of inputs and output $j$.
+    r"""$W_{ij} \approx s_{gj}\,(q_{ij} - z_{gj})$ with codes $q \in [0, 15]$, for groups $g$ of inputs of output $j$.
 
-    Symmetric: $z = 8$, that is signed codes $-8..7$, and $s = \max(\max_{i \in g} W_{ij} / 7,\; -\min_{i \in g} W_{ij} / 8)$.
-    Asymmetric: the range $[l, h]$ of the group's weights and zero has $s = (h - l) / 15$ and $z = \mathrm{round}(-l / s)$.
+    Let $[l, h]$ be the range of a group's weights and zero.
+
+    - Symmetric: $z = 8$, that is signed codes -8..7, and $s = \max(h / 7, -l / 8)$. `4 + 32 / group` bits a weight.
+    - Asymmetric: $s = (h - l) / 15$ and $z = \mathrm{round}(-l / s)$. `4 + 40 / group` bits a weight.
+
     Both hold zero exactly and clip nothing: the error is at most $s / 2$.
-
-    `4 + 32 / group` bits a weight, asymmetric `4 + 40 / group`.
     """
 
     codes: Frozen[jax.Array, "in out"]  # uint8, two rows a byte
@@ -55,13 +56,13 @@ def int4(
 
     - `group`: how many weights along the inputs share a constant, an even number. Where it does not divide the inputs,
       the last group is stored filled up.
-    - `symmetric`: whether the codes are spread evenly around zero, or over the range of each group. Each option is one
-      value, or a mapping from patterns to values.
+    - `symmetric`: whether the codes are spread around zero, or over the range of each group. Each option is one value,
+      or a mapping from patterns to values.
     - `targets`, `sites`: which kernels. By default every one but the output head.
     - `key`: not used; rounding is to the nearest code.
 
-    **Raises** `ValueError` for a group that is odd or below one, for a kernel that is a node already, and for targets as
-    `wrap` does.
+    **Raises** `ValueError` for a group that is odd or below one, for a kernel that is a node already, and for targets
+    as `wrap` does.
     """
     how = {"group": group, "symmetric": symmetric}
     return wrap(params, _quantize, targets=targets, sites=sites, key=key, over_nodes=False, **how)

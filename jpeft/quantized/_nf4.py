@@ -39,9 +39,9 @@ class NF4(Codes):
     4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight; 4.5 without double quantization. The error is at most half the
     gap between two levels, 0.152 $c$, and that of $c$.
 
-    These are QLoRA's numbers: codes and constants equal those of `bitsandbytes` for the torch weight `(out, in)` with
-    `compress_statistics`, where 64 divides `in`. (Elsewhere its blocks run on from one output to the next, and these do
-    not.) Only the order of the codes is another, as `pack` says.
+    These are QLoRA's numbers: where 64 divides `in`, codes and constants equal those of `bitsandbytes` for the torch
+    weight `(out, in)` with `compress_statistics`. Elsewhere its blocks run on from one output to the next, and these do
+    not. The order in which codes share bytes is another: see `pack`.
 
     Dettmers et al., [QLoRA: Efficient Finetuning of Quantized LLMs](https://arxiv.org/abs/2305.14314), NeurIPS 2023.
     """
@@ -64,7 +64,7 @@ class NF4(Codes):
 
 
 def lookup(codes: jax.Array) -> jax.Array:
-    """`LEVELS[codes]`: gathered on a GPU; elsewhere selected by the bits of the codes, which needs no array of indices."""
+    """`LEVELS[codes]`: gathered on a GPU; elsewhere selected by the bits of the codes, without an array of indices."""
 
     def gather(codes):
         return jnp.asarray(LEVELS).at[codes].get(mode="promise_in_bounds")
@@ -72,7 +72,7 @@ def lookup(codes: jax.Array) -> jax.Array:
     def select(codes):
         odd, *bits = (codes >> n & 1 for n in range(4))
         odd = odd.astype(jnp.float32)
-        # exact, and with scalars as they are: to select among them is to broadcast them, and a scan would keep all of that
+        # Exact. To select among scalars is to broadcast them, and a scan that is differentiated keeps all those arrays.
         levels = [(1 - odd) * a + odd * b for a, b in zip(LEVELS[::2], LEVELS[1::2], strict=True)]
         for bit in bits:
             levels = [jnp.where(bit != 0, b, a) for a, b in zip(levels[::2], levels[1::2], strict=True)]
@@ -121,13 +121,13 @@ def nf4(
 
     - `block`: how many weights along the inputs share a constant, an even number. Where it does not divide the inputs,
       the last block is stored filled up.
-    - `double`: whether the constants are quantized in their turn, to 8 bits. Each option is one value, or a mapping from
-      patterns to values.
+    - `double`: whether the constants are quantized in their turn, to 8 bits. Each option is one value, or a mapping
+      from patterns to values.
     - `targets`, `sites`: which kernels. By default every one but the output head.
     - `key`: not used; rounding is to the nearest code.
 
-    **Raises** `ValueError` for a block that is odd or below one, for a kernel that is a node already, and for targets as
-    `wrap` does.
+    **Raises** `ValueError` for a block that is odd or below one, for a kernel that is a node already, and for targets
+    as `wrap` does.
     """
     how = {"block": block, "double": double}
     return wrap(params, _quantize, targets=targets, sites=sites, key=key, over_nodes=False, **how)
