@@ -21,6 +21,8 @@ from ._shared import Ref as Ref
 from ._storage import CheckpointError as CheckpointError
 from ._summary import Summary as Summary
 from ._summary import summary as summary
+from ._targets import Site as Site
+from ._targets import Sites as Sites
 from ._tree import attach as attach
 from ._tree import chain as chain
 from ._tree import combine as combine

@@ -84,6 +84,7 @@ def no_match(patterns: Sequence[str], names: Sequence[str], what: str = "paramet
         plain = re.sub(r"[\\.*+?^$()\[\]|]+", "", pattern)
         near = [n for n in names if re.search(pattern, n)] or difflib.get_close_matches(plain, names, 3, 0.5)
         lines.append(f"{pattern!r} matches no {what}." + (f" Near: {', '.join(near[:3])}." if near else ""))
+    names = [n for n in names if n]  # the model itself, as a module, has none
     lines.append(f"A pattern must match the whole name. There are {len(names)}: {', '.join(names[:8])}")
     return ValueError("\n".join(lines) + (", ..." if len(names) > 8 else "."))
 
@@ -156,11 +157,10 @@ def kernels(params: Any, targets: Targets | None, sites: Sites | None) -> dict[s
 def _ambiguous(shapes: Mapping[str, tuple[int, ...]]) -> str:
     rows = "\n".join(f"  {name}: {shape}" for name, shape in list(shapes.items())[:8])
     name, shape = next(iter(shapes.items()))
-    letters = "s" * (len(shape) - 2) + "io" if len(shape) > 2 else "io"[2 - len(shape) :]
     return (
         f"Which axes of these kernels are inputs, and which outputs?\n{rows}\n"
         "Let the model tell:\n"
         '  sites = jpeft.sites(model, {"params": params}, *example_inputs)   # then pass sites=sites\n'
         "or say so, with one letter an axis, i(nput), o(utput) or s(tacked over layers or experts):\n"
-        f"  targets={{{re.escape(name)!r}: {letters!r}, ...}}"
+        f"  targets={{{re.escape(name)!r}: {'?' * len(shape)!r}, ...}}   # such as 'ioo', 'iio' or 'sio'"
     )

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,10 @@ def transform(fn: Callable) -> Callable:
     @functools.wraps(fn)
     def waiting(params=_MISSING, /, **kwargs):
         if params is _MISSING:
-            known.bind_partial(None, **kwargs)
+            try:
+                known.bind_partial(None, **kwargs)
+            except TypeError as e:
+                raise TypeError(f"{fn.__name__}: {e}") from None
             return functools.partial(fn, **kwargs)
         return fn(params, **kwargs)
 
@@ -117,7 +120,7 @@ def _new(key: jax.Array, leaf: Any, *, new: Callable, axes: str, chosen: tuple[t
 
 def shared_arrays(params: Params) -> dict[str, jax.Array]:
     """The arrays at `params["jpeft_shared"]`, by name."""
-    here = params.get(SHARED, {}) if isinstance(params, dict) else {}
+    here = params.get(SHARED, {}) if isinstance(params, Mapping) else {}
     return {name: value(x) for name, x in here.items()}
 
 
@@ -126,7 +129,7 @@ def labels(params: Params) -> Params:
 
     `tx = optax.partition({"trainable": tx, "frozen": optax.set_to_zero()}, jpeft.labels)` is for code that keeps one
     tree. It makes XLA compute the gradients of frozen arrays where anything reads them all, such as clipping by the
-    global norm: prefer `partition`.
+    global norm, and `jax.grad` refuses the integer codes of a quantized base: prefer `partition`.
     """
 
     def label(x):
@@ -155,7 +158,7 @@ def combine(*trees: Params) -> Params:
 
 def _plain(params: Params, one: Callable[[str, Any], Any]) -> Params:
     """The tree with `one(name, node)` in place of every `Leaf`, and without what stands beside parameters."""
-    if not isinstance(params, dict):
+    if not isinstance(params, Mapping):
         return jax.tree_util.tree_map_with_path(lambda p, x: one(name_of(p), x), params, is_leaf=is_param)
 
     def walk(tree, prefix):
@@ -164,7 +167,7 @@ def _plain(params: Params, one: Callable[[str, Any], Any]) -> Params:
             name = f"{prefix}{k}"
             if isinstance(x, Additive) or name == SHARED:
                 continue
-            here[k] = walk(x, f"{name}/") if isinstance(x, dict) else _plain(x, lambda n, x, at=name: one(at + n, x))
+            here[k] = walk(x, f"{name}/") if isinstance(x, Mapping) else _plain(x, lambda n, x, at=name: one(at + n, x))
         return here
 
     return walk(params, "")
@@ -250,7 +253,7 @@ def modules(params: Params) -> dict[str, dict[str, Any]]:
     """The parameters of every module, by its path; `""` is the model."""
     found = {"": params}
     for k, x in params.items():
-        if isinstance(x, dict) and k != SHARED:
+        if isinstance(x, Mapping) and k != SHARED:
             found |= {f"{k}/{path}" if path else k: tree for path, tree in modules(x).items()}
     return found
 
@@ -266,7 +269,7 @@ def place(params: Params, at: dict[str, Node], name: str) -> Params:
     """The tree with a node beside the parameters of every module whose path `at` holds."""
 
     def walk(tree, path):
-        if not isinstance(tree, dict):
+        if not isinstance(tree, Mapping):
             return tree
         here = {k: walk(x, f"{path}/{k}" if path else k) for k, x in tree.items()}
         if path in at:

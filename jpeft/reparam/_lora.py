@@ -1,8 +1,5 @@
 """LoRA: low-rank adaptation."""
 
-from collections.abc import Callable
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
@@ -30,19 +27,24 @@ class LoRA(Branch):
         return self.scale * (drop(x, self.dropout, key) @ self.a) @ self.b
 
 
-def _uniform(key, shape):  # U(-1/sqrt(in), 1/sqrt(in)), what torch calls kaiming_uniform_(a=sqrt(5))
-    return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) / shape[0] ** 0.5
+def _uniform(key, d_in, rank, d_out):
+    bound = d_in**-0.5  # torch's kaiming_uniform_(a=sqrt(5))
+    return jax.random.uniform(key, (d_in, rank), minval=-bound, maxval=bound), jnp.zeros((rank, d_out))
 
 
-def _gaussian(key, shape):  # N(0, 1/rank^2)
-    return jax.random.normal(key, shape) / shape[1]
+def _gaussian(key, d_in, rank, d_out):
+    return jax.random.normal(key, (d_in, rank)) / rank, jnp.zeros((rank, d_out))
 
 
-def _orthogonal(key, shape):  # orthonormal columns
-    return jnp.linalg.qr(jax.random.normal(key, shape))[0]
+def _orthogonal(key, d_in, rank, d_out):
+    return jax.nn.initializers.orthogonal()(key, (d_in, rank)), jnp.zeros((rank, d_out))
 
 
-INITS = {"uniform": _uniform, "gaussian": _gaussian, "orthogonal": _orthogonal}
+def _embedding(key, d_in, rank, d_out):
+    return jnp.zeros((d_in, rank)), jax.random.normal(key, (rank, d_out))
+
+
+INITS = {"uniform": _uniform, "gaussian": _gaussian, "orthogonal": _orthogonal, "embedding": _embedding}
 
 
 @transform
@@ -53,7 +55,7 @@ def lora(
     alpha: Option = None,
     rslora: bool = False,
     dropout: Option = 0.0,
-    init: Literal["uniform", "gaussian", "orthogonal"] | Callable[..., jax.Array] = "uniform",
+    init: Option = "uniform",
     targets: Targets | None = None,
     sites: Sites | None = None,
     key: jax.Array | None = None,
@@ -62,27 +64,29 @@ def lora(
 
     **Arguments:**
 
-    - `rank`: the inner dimension of $A B$; a number, or a mapping from patterns to numbers, as are `alpha`, `dropout`.
+    - `rank`: the inner dimension of $A B$; a number, or a mapping from patterns to numbers, as are `alpha`,
+      `dropout` and `init`.
     - `alpha`: the term is scaled by $s$ = `alpha / rank`. Left out, $s = 1$.
     - `rslora`: scale by `alpha / sqrt(rank)` instead, after Kalajdzievski, <https://arxiv.org/abs/2312.03732>.
     - `dropout`: the rate at which inputs of the term are dropped, where `apply` is given a `"dropout"` key.
-    - `init`: of $A$; $B$ is zero, so that $W' = W$ at the start. `"uniform"` is $U(\pm 1/\sqrt{in})$, `"gaussian"`
-      $N(0, 1/r^2)$, `"orthogonal"` has orthonormal columns; or a function `(key, (in, rank)) -> A`.
-      An embedding that is looked up and has no output to speak of is served the same way.
+    - `init`: the start, at which $W' = W$. `"uniform"` is $A \sim U(\pm 1/\sqrt{in})$ and $B = 0$; `"gaussian"`
+      $A \sim N(0, 1/r^2)$; `"orthogonal"` an $A$ of orthonormal columns, or rows; `"embedding"`, for tables that are looked up,
+      $A = 0$ and $B \sim N(0, 1)$. Or a function `(key, in, rank, out) -> (A, B)`. A mapping by patterns, too.
     - `targets`, `sites`: which kernels. By default every one but the output head.
     - `key`: for $A$; `jax.random.key(0)` if left out.
 
-    **Raises** `ValueError` for a rank below one, a dropout outside `[0, 1)`, and for targets as `wrap` does.
+    **Raises** `ValueError` for a rank below one, a dropout outside `[0, 1)`, an unknown `init`, and for targets as `wrap` does.
     """
-    make = INITS.get(init) if isinstance(init, str) else init
-    if make is None:
-        raise ValueError(f"`init` is {init!r}: one of {', '.join(INITS)}, or a function `(key, shape) -> A`.")
 
-    def new(key, w, *, rank, alpha, dropout):
+    def new(key, w, *, rank, alpha, dropout, init):
         if rank < 1 or not 0 <= dropout < 1:
             raise ValueError(f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {rank=} and {dropout=}.")
-        d_in, d_out = w.shape
+        make = INITS.get(init, init)
+        if not callable(make):
+            raise ValueError(f"`init` is {init!r}: one of {', '.join(INITS)}, or a function (key, in, rank, out) -> (A, B).")
+        a, b = make(key, w.shape[0], rank, w.shape[1])
         scale = 1.0 if alpha is None else alpha / (rank**0.5 if rslora else rank)
-        return LoRA(a=make(key, (d_in, rank)), b=jnp.zeros((rank, d_out)), scale=scale, dropout=dropout)
+        return LoRA(a=a, b=b, scale=scale, dropout=dropout)
 
-    return wrap(params, new, targets=targets, sites=sites, key=key, rank=rank, alpha=alpha, dropout=dropout)
+    how = {"rank": rank, "alpha": alpha, "dropout": dropout, "init": init}
+    return wrap(params, new, targets=targets, sites=sites, key=key, **how)

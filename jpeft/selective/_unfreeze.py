@@ -120,8 +120,13 @@ def norms(params: Params, *, targets: Targets = ".*", key: jax.Array | None = No
     return _free(params, select(targets, found))
 
 
-NUMBERED = r"(?P<stack>(?:.*/)?(?:\w*(?:layer|block)s?|h)_?/?)(?P<layer>\d+)/.*"
-STACKED = r"(?P<stack>(?:.*/)?(?:\w*(?:layer|block)s?|h))/.*"
+# The outermost name that tells of layers: within one there may be numbered blocks again. `output_layer/` tells of none.
+LAYERS = (
+    r"(?P<stack>(?:.*?/)??(?:"
+    r"(?!(?-i:Scan))(?:\w*(?:layer|block)s?|h)[_/]?(?=\d+/)"  # numbered: layers_3/, Block_3/, h/3/
+    r"|(?:\w*(?:layers|blocks)|layer|block|h|(?-i:Scan)\w*)(?=/)"  # stacked: layers/, and Flax's own ScanBlock_0/
+    r"))(?P<layer>\d+)?/.*"
+)
 
 
 @transform
@@ -141,7 +146,8 @@ def last_layers(
 
     - `k`: how many layers.
     - `layers`: a pattern of the parameters in layers, with a group `(?P<stack>...)` of what all of a stack share and,
-      if they are numbered, `(?P<layer>\d+)`. By default names such as `layers_3/`, `Block_3/`, `h/3/`, or `layers/`.
+      if they are numbered, `(?P<layer>\d+)`. By default names such as `layers_3/`, `Block_3/`, `h/3/`, or, stacked,
+      `layers/` and `ScanBlock_0/`; where such names are within each other, the outermost.
     - `axis`: which axis of stacked parameters the layers are on.
     - `key`: not used.
 
@@ -149,13 +155,13 @@ def last_layers(
     sizes along `axis`, and for a parameter that a node has taken the place of.
     """
     leaves = named_leaves(params)
-    found = {n: re.fullmatch(layers or NUMBERED, n, re.IGNORECASE) for n in leaves}
-    if not layers and not any(found.values()):
-        found = {n: re.fullmatch(STACKED, n, re.IGNORECASE) for n in leaves}
-    found = {n: m.groupdict() for n, m in found.items() if m}
+    pattern = re.compile(layers or LAYERS, re.IGNORECASE)
+    if "stack" not in pattern.groupindex:
+        raise ValueError(f"`layers` is {layers!r}: it needs a group `(?P<stack>...)` of what all parameters of a stack share.")
+    found = {n: m.groupdict() for n in leaves if (m := pattern.fullmatch(n))}
     if not found:
-        raise no_match([layers or STACKED], list(leaves), "layer")
-    place = {n: int(m["layer"]) if "layer" in m else None for n, m in found.items()}
+        raise no_match([layers or r"(.*/)?layers(_\d+)?/.*"], list(leaves), "layer")
+    place = {n: int(m["layer"]) if m.get("layer") else None for n, m in found.items()}
     count: dict[str, int] = {}
     for n, m in found.items():
         size = jax.eval_shape(value, leaves[n]).shape[axis] if place[n] is None else 1 + place[n]
