@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,7 +63,7 @@ def _params(module: nn.Module) -> dict[str, Any]:
 def _beside(module: nn.Module) -> list[tuple[str, Additive]]:
     """The module's nodes, in the order in which they were attached."""
     found = [(name, unshare(x)) for name, x in _params(module).items() if isinstance(x, Additive)]
-    return sorted(found, key=lambda pair: (pair[0].rstrip("0123456789"), len(pair[0]), pair[0]))
+    return sorted(found, key=lambda pair: int((re.search(r"_(\d+)$", pair[0]) or [0, 0])[1]))
 
 
 def _key(module: nn.Module, name: str, node: Additive, key: Any) -> Any:
@@ -75,9 +76,9 @@ def _key(module: nn.Module, name: str, node: Additive, key: Any) -> Any:
     if not module.has_rng("dropout"):
         path = "/".join((*module.path, name))
         raise ValueError(
-            f"{path!r} has dropout, but its module cannot get a key: the transform around it (`nn.scan`, `nn.vmap`, ...) "
-            'does not pass the "dropout" rng on. Give it `split_rngs={"params": True, "dropout": True}`, or set the '
-            "node's dropout to 0."
+            f"{path!r} has dropout, but its module cannot get a key: the transform around it (`nn.scan`, `nn.vmap`, "
+            '...) does not pass the "dropout" rng on. Give it `split_rngs={"params": True, "dropout": True}`, or set '
+            "the node's dropout to 0."
         )
     return module.make_rng("dropout")
 
@@ -106,7 +107,8 @@ def root_calls(run: Callable) -> Iterator[None]:
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
-        if _door.value == "apply" or module.scope is None or context.method_name == "setup" or not _has_nodes(_params(module)):
+        inside = _door.value == "apply" or module.scope is None or context.method_name == "setup"
+        if inside or not _has_nodes(_params(module)):
             return next_fun(*args, **kwargs)
         scope = module.scope
         rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}

@@ -10,7 +10,7 @@ import jax
 from ._kernel import STACK, fold, stacked
 from ._node import Additive, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value
 from ._shared import SHARED, resolve
-from ._targets import Call, Option, Sites, Targets, kernels, name_of, options, select
+from ._targets import Call, Option, Sites, Targets, kernels, name_of, named_leaves, options, select
 
 
 Params = Any  # a pytree of arrays and nodes; nested dicts, for Flax
@@ -86,25 +86,28 @@ def wrap(
     keys = dict(zip(axes, jax.random.split(default(key), len(axes)), strict=True))
     shared = shared_arrays(params)
 
-    def one(path, leaf):
-        name = name_of(path)
-        if name not in axes:
-            return leaf
-        if not over_nodes and isinstance(leaf, Node):
-            raise nesting(name, leaf)
+    def one(name, leaf):
         how = tuple(sorted(chosen[name].items()))
         node = _new(keys[name], resolve(leaf, shared), new=new, axes=axes[name], chosen=how)
         return node.replace(base=leaf) if isinstance(node, Reparam) and node.base is None else node
 
+    return put(params, {name: functools.partial(one, name) for name in axes}, over_nodes=over_nodes)
+
+
+def put(params: Params, new: Mapping[str, Callable[[Any], Node]], *, over_nodes: bool = False) -> Params:
+    """The tree with `new[name](x)` in place of every parameter `x` that `new` names.
+
+    **Raises** `ValueError`, with every path, for parameters that nodes have taken the place of, unless `over_nodes`.
+    """
+    leaves = named_leaves(params)
+    held = [f"  {name}: {type(leaves[name]).__name__}" for name in new if isinstance(leaves[name], Node)]
+    if held and not over_nodes:
+        raise ValueError(
+            "This method keeps no base to nest these nodes in: it would silently replace them.\n" + "\n".join(held) + "\n"
+            "Apply this one first (in `jpeft.chain`, put it before), or leave these parameters out of `targets`."
+        )
+    one = lambda path, x: new[name](x) if (name := name_of(path)) in new else x
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
-
-
-def nesting(name: str, leaf: Node) -> ValueError:
-    """The error for a method that must come before the one that is there."""
-    return ValueError(
-        f"{name!r} is a {type(leaf).__name__} already, and this method keeps no base to nest it in: it would silently "
-        "replace it. Apply this one first (in `jpeft.chain`, put it before), or leave this parameter out of `targets`."
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("new", "axes", "chosen"))
@@ -222,8 +225,8 @@ def attach(
 
     **Arguments:**
 
-    - `name`: the node's name among the module's parameters, or `name_1`, `name_2`, ... where that is taken. Later ones
-      act around earlier ones.
+    - `name`: the node's name among the module's parameters; `name_1`, `name_2`, ... where there are nodes beside the
+      module already. Later ones act around earlier ones.
     - `targets`: paths of modules, `""` for the model itself. Patterns or a predicate as for parameters.
     - `sites`: tells what a module is called with and returns, and how it is stacked. Without it a module must own a
       two-dimensional kernel, which tells its features.
@@ -273,7 +276,7 @@ def place(params: Params, at: dict[str, Node], name: str) -> Params:
             return tree
         here = {k: walk(x, f"{path}/{k}" if path else k) for k, x in tree.items()}
         if path in at:
-            taken = sum(k == name or k.startswith(f"{name}_") for k in here)
+            taken = sum(isinstance(x, Additive) for x in here.values())  # a number that tells the order of all of them
             here[f"{name}_{taken}" if taken else name] = at[path]
         return here
 

@@ -97,8 +97,10 @@ def test_a_model_without_kernels():
 @pytest.mark.parametrize("late", [jpeft.int8(), jpeft.nf4(), jpeft.unfreeze(targets=r".*/kernel")])
 @pytest.mark.parametrize("early", [jpeft.lora(rank=2), jpeft.int8(), jpeft.unfreeze(targets=r"layers.*kernel")])
 def test_what_keeps_no_base_cannot_come_second(params, early, late):
-    with pytest.raises(ValueError, match="Apply this one first"):
+    with pytest.raises(ValueError, match="Apply this one first") as e:
         late(early(params))
+    assert "layers_0/query/kernel: " in str(e.value)
+    assert "layers_1/up/kernel: " in str(e.value), "only the first fault was reported"
 
 
 def test_an_unknown_option_raises_at_once():

@@ -147,3 +147,28 @@ def test_a_field_without_a_value_is_no_array():
     trainable, frozen = jpeft.partition({"half": Half(x=jnp.ones(2), y=jnp.zeros(3))})
     assert trainable["half"].y is None
     assert frozen["half"].x is None
+
+
+def test_nodes_beside_a_module_act_in_the_order_they_were_attached(params):
+    first = jpeft.bottleneck(width=2, targets="layers_0", activation="identity", init="houlsby")
+
+    class Double(jpeft.Additive):
+        gain: Trainable[jax.Array]
+
+        def output(self, y, *args):
+            return y * self.gain
+
+    new = lambda key, d_in, d_out: Double(gain=jnp.full((1, 1), 2.0))
+    inner = jpeft.attach(first(params), new, name="a_double", targets="layers_0")  # before in the alphabet, last to act
+    outer = first(jpeft.attach(params, new, name="a_double", targets="layers_0"))
+    run = lambda p: jpeft.apply(Net(), {"params": p}, X)
+    ad = lambda p: next(x for x in p["layers_0"].values() if isinstance(x, jpeft.Bottleneck))
+    shake = lambda p: jax.tree.map(lambda x: ad(p).replace(up_bias=jnp.ones(6)) if x is ad(p) else x, p,
+                                   is_leaf=lambda x: isinstance(x, jpeft.Bottleneck))  # fmt: skip
+    a, b = shake(inner), shake(outer)
+    dense = lambda p: X @ p["layers_0"]["kernel"] + p["layers_0"]["bias"][None]
+    rest = lambda y, p: Net().apply({"params": {**p, "layers_0": {"kernel": jnp.eye(6), "bias": jnp.zeros(6)}}}, y)
+    branch = lambda y: y @ ad(a).down @ ad(a).up + 1
+    y = dense(params)
+    np.testing.assert_allclose(run(a), rest(2 * (y + branch(y)), params), rtol=1e-5)
+    np.testing.assert_allclose(run(b), rest(2 * y + branch(2 * y), params), rtol=1e-5)

@@ -29,7 +29,8 @@ class Bottleneck(Additive):
     def around(self, call, key, *args, **kwargs):
         result = call(*args, **kwargs)
         y = result[0] if isinstance(result, tuple) else result
-        h = drop(args[0] if self.parallel else y, self.dropout, key)
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        h = drop(x if self.parallel else y, self.dropout, key)
         down, down_bias, up, up_bias = (a.astype(h.dtype) for a in (self.down, self.down_bias, self.up, self.up_bias))
         h = getattr(jax.nn, self.activation)(_affine(h, down, down_bias))
         y = y + (self.scale * _affine(h, up, up_bias)).astype(y.dtype)
@@ -71,10 +72,13 @@ def bottleneck(
 
     **Arguments:**
 
-    - `width`: of the bottleneck; a number, or a mapping from patterns of module paths to numbers, as are `scale`, `dropout`.
+    - `width`: of the bottleneck; a number, or a mapping from patterns of module paths to numbers, as are `scale` and
+      `dropout`.
     - `placement`: `"houlsby"` after the attention's output projection and after the feed-forward one, each before the
       residual sum; `"pfeiffer"` after the feed-forward one alone; `"parallel"` beside the whole feed-forward block,
-      scaled by 4 (He et al., <https://arxiv.org/abs/2110.04366>).
+      scaled by 4 (He et al., <https://arxiv.org/abs/2110.04366>). Houlsby et al. train the norms and the head, too:
+      `jpeft.chain(jpeft.bottleneck(), jpeft.norms())`. AdapterHub's `"pfeiffer"` applies the block's norm twice in
+      models that norm after the sum; this one does not.
     - `activation`: a name in `jax.nn`; by default `"gelu"` for `"houlsby"`, else `"relu"`.
     - `dropout`: of the bottleneck's input, where `apply` is given a `"dropout"` key.
     - `init`: `"zero"`: $D \sim U(\pm 1/\sqrt{in})$, $U = 0$, so that the model is unchanged at the start. `"houlsby"`:
@@ -84,7 +88,8 @@ def bottleneck(
     - `sites`: needed for modules that own no two-dimensional kernel, or are stacked by `nn.scan`.
     - `key`: for the initialisation; `jax.random.key(0)` if left out.
 
-    **Raises** `ValueError` for an unknown placement or activation, and for targets as `attach` does.
+    **Raises** `ValueError` for an unknown placement or activation, a width below one, a dropout outside `[0, 1)`, and
+    for targets as `attach` does.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"`placement` is {placement!r}: one of {', '.join(PLACEMENTS)}.")
@@ -96,6 +101,8 @@ def bottleneck(
         raise ValueError(f"`jax.nn` has no activation {phi!r}.")
 
     def new(key, d_in, d_out, *, width, scale, dropout):
+        if width < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"A bottleneck has a width of at least 1 and dropout in [0, 1), not {width=}, {dropout=}.")
         d_in = d_in if parallel else d_out
         key_down, key_up = jax.random.split(key)
         if init == "zero":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .._node import Additive, Static, Trainable, value
 from .._targets import Targets, named_leaves, no_match, select
-from .._tree import Params, default, place, transform
+from .._tree import Params, default, modules, place, transform
 
 
 _room = contextvars.ContextVar("room", default=0)  # how many positions the model around has been given
@@ -24,23 +24,25 @@ class Prompt(Additive):
     """
 
     rows: Trainable[jax.Array]  # (length, features)
+    start: Static[int] = 0  # the position of the first: those of prompts that were there come before
 
     def output(self, y, *args):
-        length, features = self.rows.shape
-        if _room.get() < length or y.ndim != 3 or y.shape[1] <= length:
+        (length, features), end = self.rows.shape, self.start + self.rows.shape[0]
+        if _room.get() < end or y.ndim != 3 or y.shape[1] <= end:
             raise ValueError(
-                f"A prompt of {length} embeddings has no room: the embedding was called with {y.shape[:-1]} ids, outside "
-                "of the module that takes (batch, sequence) token ids. `within=` of `jpeft.prompt` names that module."
+                f"A prompt of {length} embeddings has no room: the embedding was called with {y.shape[:-1]} ids, "
+                "outside of the module that takes (batch, sequence) token ids. `within=` of `jpeft.prompt` names that "
+                "module."
             )
         rows = jnp.broadcast_to(self.rows.astype(y.dtype), (y.shape[0], length, features))
-        return jnp.concatenate([rows, y[:, length:]], axis=1)
+        return jnp.concatenate([y[:, : self.start], rows, y[:, end:]], axis=1)
 
 
 class Room(Additive):
     """`length` positions before those of the tokens, in all that a model takes, and not in what it returns.
 
-    Masks let them be attended to, position ids move up by `length`, type ids repeat the first token's. Of results, those
-    that have the sequence as the second of three axes or more are cut back to the tokens.
+    Masks let them be attended to, position ids move up by `length`, type ids repeat the first token's. Of results,
+    those that have the sequence as the second of three axes or more are cut back to the tokens.
     """
 
     length: Static[int]
@@ -48,7 +50,8 @@ class Room(Additive):
 
     def around(self, call, key, *args, **kwargs):
         given = inspect.signature(call).bind(*args, **kwargs)
-        ids = next((x for x in _arrays(given.arguments).values() if x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.integer)), None)
+        arrays = _arrays(given.arguments).values()
+        ids = next((x for x in arrays if x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.integer)), None)
         if ids is None:
             raise ValueError("A prompt stands before token ids (batch, sequence), and this model is called with none.")
         tokens, total = ids.shape[1], ids.shape[1] + self.length
@@ -59,7 +62,7 @@ class Room(Additive):
             )
         for name, x in _arrays(given.arguments).items():
             given.arguments[name] = _widen(name, x, tokens, self.length)
-        token = _room.set(self.length)
+        token = _room.set(_room.get() + self.length)
         try:
             y = call(*given.args, **given.kwargs)
         finally:
@@ -83,7 +86,7 @@ def _widen(name: str, x: jax.Array, tokens: int, length: int) -> jax.Array:
         return jnp.pad(x, before(x.ndim - 1), constant_values=attend) if x.shape[-1] == tokens else x
     if x.ndim != 2 or x.shape[1] != tokens:
         if tokens in x.shape[1:]:
-            raise ValueError(f"A prompt has no room in the argument {name!r} of shape {x.shape}: it is no mask and no ids.")
+            raise ValueError(f"A prompt has no room in the argument {name!r} of shape {x.shape}: no mask and no ids.")
         return x
     if "position" in name:
         front = jnp.broadcast_to(jnp.arange(length, dtype=x.dtype)[None], (x.shape[0], length))
@@ -93,7 +96,10 @@ def _widen(name: str, x: jax.Array, tokens: int, length: int) -> jax.Array:
     return jnp.pad(x, before(1), mode="edge")
 
 
-TABLE = r"(.*/)?(word|word_embeddings|token|token_embed\w*|tok_embeddings|embed_tokens|embed|embedder|wte|shared)/(embedding|input_embedding)"
+TABLE = (
+    r"(.*/)?(word|word_embeddings|token|token_embed\w*|tok_embeddings|embed_tokens|embed|embedder|wte|shared)"
+    r"/(embedding|input_embedding)"
+)
 
 
 @transform
@@ -109,12 +115,13 @@ def prompt(
     """Put `length` trainable embeddings before every sequence. See `Prompt`.
 
     The model runs on `length` more positions; its masks, its positions and its outputs stay those of the tokens.
+    A second prompt comes between the first and the tokens.
 
     **Arguments:**
 
     - `length`: how many.
-    - `init`: `"vocabulary"`: those of random tokens; `"noise"`: normal, with the table's mean and standard deviation; the
-      token ids of a text, repeated or cut to `length`; or the embeddings themselves, `(length, features)`.
+    - `init`: `"vocabulary"`: those of random tokens; `"noise"`: normal, with the table's mean and standard deviation;
+      the token ids of a text, repeated or cut to `length`; or the embeddings themselves, `(length, features)`.
     - `targets`: the table of token embeddings, by default found by its usual names.
     - `within`: the path of the module that takes the token ids and the mask, by default the model itself. Name the
       encoder where a head pools its output by the mask.
@@ -136,7 +143,8 @@ def prompt(
     positions = [jax.eval_shape(value, leaves[n]).shape for n in positions]
     limit = min((shape[0] for shape in positions if len(shape) == 2), default=None)
     owner = tables[0].rpartition("/")[0]
-    params = place(params, {owner: Prompt(rows=rows)}, "prompt")
+    start = sum(x.rows.shape[0] for x in modules(params)[owner].values() if isinstance(x, Prompt))
+    params = place(params, {owner: Prompt(rows=rows, start=start)}, "prompt")
     return place(params, {within: Room(length=length, limit=limit)}, "prompt_room")
 
 
@@ -158,4 +166,4 @@ def _rows(table: jax.Array, length: int, init: Any, key: jax.Array) -> jax.Array
         return table[jnp.resize(init, length)]
     if init.shape != (length, table.shape[1]):
         raise ValueError(f"`init` has shape {init.shape}: token ids (n,), or embeddings {(length, table.shape[1])}.")
-    return init
+    return init.astype(table.dtype)

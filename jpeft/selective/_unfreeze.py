@@ -1,14 +1,16 @@
 """Selective methods: some of the parameters themselves train."""
 
+import functools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._node import Frozen, Leaf, Node, Static, Trainable, is_node, is_param, rebox, value
-from .._targets import Targets, name_of, named_leaves, no_match, select
-from .._tree import Params, nesting, transform
+from .._node import Frozen, Leaf, Static, Trainable, rebox, value
+from .._targets import Targets, named_leaves, no_match, select
+from .._tree import Params, put, transform
 
 
 class Free(Leaf):
@@ -57,15 +59,8 @@ def _cut(leaf: Any, k: int, axis: int) -> tuple[Any, jax.Array]:
     return rebox(leaf, head), rows
 
 
-def _free(params: Params, names: Any) -> Params:
-    def one(path, x):
-        if (name := name_of(path)) not in names:
-            return x
-        if isinstance(x, Node):
-            raise nesting(name, x)
-        return Free(array=x)
-
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+def _free(params: Params, names: Iterable[str]) -> Params:
+    return put(params, dict.fromkeys(names, lambda x: Free(array=x)))
 
 
 @transform
@@ -114,7 +109,8 @@ def norms(params: Params, *, targets: Targets = ".*", key: jax.Array | None = No
     """
     leaves = named_leaves(params)
     owners = {name.rpartition("/")[0] for name in leaves if name.rpartition("/")[2] == "scale"}
-    found = {n: x for n, x in leaves.items() if n.rpartition("/")[0] in owners and n.rpartition("/")[2] in ("scale", "bias")}
+    own = {n: n.rpartition("/") for n in leaves}
+    found = {n: x for n, x in leaves.items() if own[n][0] in owners and own[n][2] in ("scale", "bias")}
     if not found:
         raise no_match([r"(.*/)?scale"], list(leaves), "norm")
     return _free(params, select(targets, found))
@@ -157,7 +153,7 @@ def last_layers(
     leaves = named_leaves(params)
     pattern = re.compile(layers or LAYERS, re.IGNORECASE)
     if "stack" not in pattern.groupindex:
-        raise ValueError(f"`layers` is {layers!r}: it needs a group `(?P<stack>...)` of what all parameters of a stack share.")
+        raise ValueError(f"`layers` is {layers!r}: it needs a group `(?P<stack>...)` of what all of a stack share.")
     found = {n: m.groupdict() for n in leaves if (m := pattern.fullmatch(n))}
     if not found:
         raise no_match([layers or r"(.*/)?layers(_\d+)?/.*"], list(leaves), "layer")
@@ -166,21 +162,19 @@ def last_layers(
     for n, m in found.items():
         size = jax.eval_shape(value, leaves[n]).shape[axis] if place[n] is None else 1 + place[n]
         if place[n] is None and count.setdefault(m["stack"], size) != size:
-            raise ValueError(f"{n!r} has {size} places along axis {axis}, others of {m['stack']!r} {count[m['stack']]}.")
+            others = f"others of {m['stack']!r} {count[m['stack']]}"
+            raise ValueError(f"{n!r} has {size} places along axis {axis}, {others}.")
         count[m["stack"]] = max(count.get(m["stack"], 0), size)
     if not 1 <= k <= min(count.values()):
         raise ValueError(f"`k` is {k}, but the stacks of layers have {count}.")
     first = {n: count[m["stack"]] - k for n, m in found.items()}
 
-    def one(path, x):
-        name = name_of(path)
-        if name not in found or (place[name] is not None and place[name] < first[name]):
-            return x
-        if is_node(x):
-            raise nesting(name, x)
+    chosen = [n for n in found if place[n] is None or place[n] >= first[n]]
+
+    def one(name, x):
         if place[name] is not None:
             return Free(array=x)
         base, rows = _cut(x, k, axis)
         return Rows(base=base, rows=rows, axis=axis)
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+    return put(params, {name: functools.partial(one, name) for name in chosen})
