@@ -47,7 +47,8 @@ class Coverage(Mapping[str, str]):
 
     def __str__(self):
         width = max(map(len, self.ways), default=0)
-        return "\n".join(f"{p:{width}}  {self.kinds[p]:12}  {w:9} {' '.join(self.ops[p])}".rstrip() for p, w in self.items())
+        rows = [f"{p:{width}}  {self.kinds[p]:12}  {way:9} {' '.join(self.ops[p])}" for p, way in self.items()]
+        return "\n".join(map(str.rstrip, rows))
 
     @classmethod
     def of(cls, record: Record) -> "Coverage":
@@ -96,7 +97,9 @@ def apply(
     return out
 
 
-def coverage(model_or_function: nn.Module | Callable, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Coverage:
+def coverage(
+    model_or_function: nn.Module | Callable, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any
+) -> Coverage:
     """What `apply` does with every node: `"branched"`, `"merged"` or `"unused"`, by path.
 
     The call is traced and not run: `variables` and `args` may hold `jax.ShapeDtypeStruct`s.
@@ -104,7 +107,9 @@ def coverage(model_or_function: nn.Module | Callable, variables: Any, *args: Any
     return Coverage.of(_trace(model_or_function, variables, args, kwargs, rngs, lambda _, x: is_node(x)))
 
 
-def sites(model_or_function: nn.Module | Callable, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Sites:
+def sites(
+    model_or_function: nn.Module | Callable, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any
+) -> Sites:
     """What the model does with every parameter: a `Site` by path.
 
     The call is traced and not run, so it costs no FLOPs, and `variables` and `args` may hold `jax.ShapeDtypeStruct`s:
@@ -119,7 +124,8 @@ def sites(model_or_function: nn.Module | Callable, variables: Any, *args: Any, r
         aval = jax.eval_shape(value, leaf)
         letters = [record.letters[name].get(n, "?") for n in range(len(aval.shape))]
         axes = None if "?" in letters or not record.ops[name] else "".join(letters)
-        found[name] = Site(name, aval.shape, aval.dtype, axes, tuple(record.ops[name]), sum(record.flops[name].values()))
+        flops = sum(record.flops[name].values())
+        found[name] = Site(name, aval.shape, aval.dtype, axes, tuple(record.ops[name]), flops)
     return Sites(found, record.modules)
 
 

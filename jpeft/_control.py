@@ -19,7 +19,7 @@ from ._view import View
 
 
 def _call(engine, eqn, vals, key):
-    inner = eqn.params["jaxpr"]
+    inner = eqn.params["call_jaxpr" if eqn.primitive.name == "closed_call" else "jaxpr"]
     return engine.run(inner.jaxpr, inner.consts, vals, key)
 
 
@@ -92,7 +92,7 @@ def _cond(engine, eqn, vals, key):
 
 
 def _custom_vjp(engine, eqn, vals, key):
-    """Both rules of the function, each evaluated with the views; what its backward pass says of a weight reaches the node.
+    """Both rules of the function, each evaluated with the views, so that the gradient of a weight reaches its node.
 
     Without a key: the function's own backward pass cannot know what was dropped.
     """
@@ -186,10 +186,8 @@ def _specs(view: View, spec: Any) -> View | None:
     stack = [split.get(n) for n, c in enumerate(axes) if c == STACK]
 
     def one(n):
-        own = {
-            name: jax.sharding.PartitionSpec(*stack, *[named.get(dim) for dim in dims or ()]) if split else _whole(getattr(n, name))
-            for name, dims in _dims(n).items()
-        }
+        parts = lambda dims: jax.sharding.PartitionSpec(*stack, *[named.get(dim) for dim in dims])
+        own = {name: parts(dims) if split else _whole(getattr(n, name)) for name, dims in _dims(n).items()}
         if isinstance(n.base, Leaf):
             return n.replace(**own, base=one(n.base) if isinstance(n.base, Reparam) else _whole(n.base))
         return n.replace(**own, base=jax.sharding.PartitionSpec(*[split.get(k) for k in range(len(axes))]))
@@ -224,7 +222,6 @@ RULES: dict[str, Callable[[Any, Any, list[Any], Any], list[Any] | None]] = {
     "jit": _call,
     "pjit": _call,
     "closed_call": _call,
-    "core_call": _call,
     "checkpoint": _remat,
     "remat2": _remat,
     "remat": _remat,

@@ -86,7 +86,7 @@ class _Engine:
         self.record = record
 
     def run(self, jaxpr: Any, consts: Any, args: list[Any], key: Any) -> list[Any]:
-        """The outputs of a jaxpr, views among them where they are its inputs. Every use of a view has a key of its own."""
+        """The outputs of a jaxpr, views among them where they are its inputs. Every equation has a key of its own."""
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
         read = lambda v: v.val if isinstance(v, _shim.Literal) else env[v]
         for n, eqn in enumerate(jaxpr.eqns):

@@ -1,8 +1,8 @@
 """How a view of a kernel is laid out: which parts of which kernel axes each of its dimensions consists of.
 
 A kernel's axes are *atoms*; a reshape may split an atom into a major and a minor one. Transposes, reshapes and squeezes
-only move atoms about, so an operation that consumes the view can be read back in terms of the kernel's own axes. An atom
-of size one is a dimension of its own, or none.
+only move atoms about, so an operation that consumes the view can be read back in terms of the kernel's own axes.
+An atom of size one is a dimension of its own, or none.
 """
 
 import dataclasses

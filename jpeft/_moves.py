@@ -28,7 +28,8 @@ def _reshape(engine, eqn, vals):
     shape = eqn.outvars[0].aval.shape
     if not isinstance(vals[0], View) or any(isinstance(v, View) for v in vals[1:]):
         return None
-    if np.prod(shape) != np.prod(vals[0].layout.shape) or eqn.params.get("dimensions") and eqn.primitive.name == "reshape":
+    permutes = eqn.primitive.name == "reshape" and eqn.params["dimensions"]
+    if permutes or np.prod(shape) != np.prod(vals[0].layout.shape):
         return None
     return _one(vals[0].relayout(vals[0].layout.reshape(shape)))
 
@@ -39,6 +40,12 @@ def _cast(engine, eqn, vals):
 
 def _same(engine, eqn, vals):
     return list(vals)
+
+
+def _barrier(engine, eqn, vals):
+    """A barrier for every array that the views are made of."""
+    leaves, tree = jax.tree.flatten(vals)
+    return tree.unflatten(eqn.primitive.bind(*leaves, **eqn.params))
 
 
 def _constraint(engine, eqn, vals):
@@ -57,7 +64,9 @@ def _scale(engine, eqn, vals):
     ranks = [v.aval.ndim for v in eqn.invars]
     dividing = eqn.primitive.name == "div"
     view, scalar = reversed(vals) if ranks[1] else vals
-    if all(ranks) or dividing and ranks[1] or not isinstance(view, View) or not jnp.issubdtype(view.dtype, jnp.floating):
+    if all(ranks) or (dividing and ranks[1]):
+        return None
+    if not isinstance(view, View) or not jnp.issubdtype(view.dtype, jnp.floating):
         return None
     scalar = jnp.asarray(*engine.formed([scalar], eqn.primitive.name))
     return [view.times(1 / scalar if dividing else scalar)]
@@ -80,7 +89,7 @@ def _slice(engine, eqn, vals):
     view, start, strides = vals[0], eqn.params["start_indices"], eqn.params["strides"]
     size = eqn.outvars[0].aval.shape
     d = _cut(view.layout.shape, size)
-    if d is None or strides is not None and any(s != 1 for s in strides):
+    if d is None or any(s != 1 for s in strides or ()):
         return None
     cut = lambda x, k: jax.lax.slice_in_dim(x, start[d], start[d] + size[d], axis=k)
     return _one(_part(engine, view, d, size[d], cut))
@@ -113,7 +122,7 @@ RULES: dict[str, Callable[[Any, Any, list[Any]], list[Any] | None]] = {
     "copy": _same,
     "copy_p": _same,
     "name": _same,
-    "optimization_barrier": _same,
+    "optimization_barrier": _barrier,
     "sharding_constraint": _constraint,
     "pvary": _elementwise,
     "pcast": _elementwise,

@@ -1,4 +1,4 @@
-"""What stands for `x` in `branch(x)` where the kernel is not multiplied with an array: it multiplies without being formed.
+"""What stands for `x` in `branch(x)` where no array is multiplied with the kernel: it multiplies without being formed.
 
 `x @ a` is all that an operand can do; whatever else a branch tries raises `NoRule`, and the node's value is taken.
 """

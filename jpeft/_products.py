@@ -51,8 +51,8 @@ def dot_general(eqn: Any, vals: list[Any]) -> Product | None:
 
 
 def _dot(view, x, contract, batch, free, first, out_shape, precision, key):
-    """`x . (W' - W)`: bring `x` to `(stacks..., free..., in)`, branch for every stacked matrix, bring the result in place."""
-    layout, axes = view.layout, view.node.axes
+    """`x . (W' - W)`: bring `x` to `(stacks..., free..., in)`, branch for every stacked matrix, put that back."""
+    layout = view.layout
     side = [t for t in layout.of_dims(contract[0]) if layout.letters[t] != "s"]
     forward = set(side) == set(layout.atoms("i"))
     if not forward and set(side) != set(layout.atoms("o")):
@@ -69,12 +69,13 @@ def _dot(view, x, contract, batch, free, first, out_shape, precision, key):
     size = sizes.__getitem__
     x_free = [t for t in pieces if isinstance(t, tuple)]
     present = [t for t in stacks if t in pieces]
-    x = x.reshape([size(t) for t in pieces])
+    x = x.astype(view.dtype).reshape([size(t) for t in pieces])
     x = jnp.transpose(x, [pieces.index(t) for t in (*present, *x_free, *inner)])
     x = x.reshape([size(t) for t in (*present, *x_free)] + [math.prod(map(size, inner))])
 
+    width, stacked = math.prod(map(size, outer)), {t: t in present for t in stacks}
     with _precision(precision):
-        y = _stacked_branch(view.adapter, x, key, forward, math.prod(map(size, outer)), {t: t in present for t in stacks}, size)
+        y = _stacked_branch(view.adapter, x, key, forward, width, stacked, size)
     y = y.reshape([size(t) for t in (*stacks, *x_free, *outer)])
     summed = [t for t in stacks if t in layout.of_dims(contract[0])]
     y = jnp.sum(y, axis=[stacks.index(t) for t in summed]) if summed else y
@@ -102,8 +103,12 @@ def _stacked_branch(node, x, key, forward, width, stacks, size):
 
 def _precision(precision: Any):
     """The product's precision for those of a branch."""
-    one = precision[0] if isinstance(precision, tuple) else precision
-    return contextlib.nullcontext() if one is None else jax.default_matmul_precision(one.name.lower())
+    match precision[0] if isinstance(precision, tuple) else precision:
+        case jax.lax.Precision() as one:
+            return jax.default_matmul_precision(one.name.lower())
+        case jax.lax.DotAlgorithmPreset() as one:
+            return jax.default_matmul_precision(one.name)
+    return contextlib.nullcontext()
 
 
 def conv(eqn: Any, vals: list[Any]) -> Product | None:
@@ -162,7 +167,8 @@ def gather(eqn: Any, vals: list[Any]) -> Product | None:
 
     def branch(view, key):
         layout = view.layout
-        if layout.of_dims([0]) != layout.atoms("i") or layout.of_dims(rest) != layout.atoms("o") or "s" in layout.letters:
+        whole = layout.of_dims([0]) == layout.atoms("i") and layout.of_dims(rest) == layout.atoms("o")
+        if not whole or "s" in layout.letters:
             return None
 
         def look(a):
@@ -203,7 +209,7 @@ RULES: dict[str, Callable[[Any, list[Any]], Product | None]] = {
 }
 
 
-def compute(product: Product, bind: Callable[[list[Any]], jax.Array], vals: list[Any], key: Any, note: Callable) -> jax.Array:
+def compute(product: Product, bind: Callable, vals: list[Any], key: Any, note: Callable) -> jax.Array:
     """The output of a product: that of the base, and what each branch adds; by its value, what has no branch.
 
     A value that has to be formed is formed inside a `jax.checkpoint` with the operation that consumes it, so that it

@@ -1,4 +1,4 @@
-"""All that jpeft knows of JAX's internals: how to evaluate an equation of a jaxpr, and the two rules of a `custom_vjp`."""
+"""All that jpeft knows of JAX's internals: how to evaluate an equation of a jaxpr, and the rules of a `custom_vjp`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def bind(eqn: Any, vals: list[Any]) -> list[Any]:
 
 
 def custom_vjp_rules(eqn: Any) -> tuple[Callable, Callable, Callable[[], list[int | None]]]:
-    """The rules of a `custom_vjp_call`: `fwd(*inputs) -> residuals + outputs`, `bwd(*residuals, *cotangents) -> cotangents`.
+    """The rules of a `custom_vjp_call`: `fwd(*inputs) -> residuals + outputs`, `bwd(*residuals, *cts) -> cotangents`.
 
     The third tells, once `fwd` has run, for every residual that `bwd` expects which input it is, or `None` for the next
     of those that `fwd` returned.
@@ -35,8 +35,8 @@ def custom_vjp_rules(eqn: Any) -> tuple[Callable, Callable, Callable[[], list[in
         return rules[0].call_wrapped(*(x for v in vals for x in (v, True)))
 
     def bwd(*vals):
-        cts = rules[1].call_wrapped(*vals)
-        return [jnp.asarray(ct) if _is_array(ct) else jnp.zeros(a.shape, a.dtype) for ct, a in zip(cts, avals, strict=True)]
+        cts = zip(rules[1].call_wrapped(*vals), avals, strict=True)
+        return [jnp.asarray(ct) if _is_array(ct) else jnp.zeros(a.shape, a.dtype) for ct, a in cts]
 
     return fwd, bwd, lambda: eqn.params["out_trees"]()[2]
 

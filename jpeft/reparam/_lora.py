@@ -70,12 +70,13 @@ def lora(
     - `rslora`: scale by `alpha / sqrt(rank)` instead, after Kalajdzievski, <https://arxiv.org/abs/2312.03732>.
     - `dropout`: the rate at which inputs of the term are dropped, where `apply` is given a `"dropout"` key.
     - `init`: the start, at which $W' = W$. `"uniform"` is $A \sim U(\pm 1/\sqrt{in})$ and $B = 0$; `"gaussian"`
-      $A \sim N(0, 1/r^2)$; `"orthogonal"` an $A$ of orthonormal columns, or rows; `"embedding"`, for tables that are looked up,
-      $A = 0$ and $B \sim N(0, 1)$. Or a function `(key, in, rank, out) -> (A, B)`. A mapping by patterns, too.
+      $A \sim N(0, 1/r^2)$; `"orthogonal"` an $A$ of orthonormal columns, or rows; `"embedding"`, for tables that are
+      looked up, $A = 0$ and $B \sim N(0, 1)$. Or a function `(key, in, rank, out) -> (A, B)`.
     - `targets`, `sites`: which kernels. By default every one but the output head.
     - `key`: for $A$; `jax.random.key(0)` if left out.
 
-    **Raises** `ValueError` for a rank below one, a dropout outside `[0, 1)`, an unknown `init`, and for targets as `wrap` does.
+    **Raises** `ValueError` for a rank below one, a dropout outside `[0, 1)`, an unknown `init`, and for targets as
+    `wrap` does.
     """
 
     def new(key, w, *, rank, alpha, dropout, init):
@@ -83,7 +84,8 @@ def lora(
             raise ValueError(f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {rank=} and {dropout=}.")
         make = INITS.get(init, init)
         if not callable(make):
-            raise ValueError(f"`init` is {init!r}: one of {', '.join(INITS)}, or a function (key, in, rank, out) -> (A, B).")
+            known = f"one of {', '.join(INITS)}, or a function (key, in, rank, out) -> (A, B)"
+            raise ValueError(f"`init` is {init!r}: {known}.")
         a, b = make(key, w.shape[0], rank, w.shape[1])
         scale = 1.0 if alpha is None else alpha / (rank**0.5 if rslora else rank)
         return LoRA(a=a, b=b, scale=scale, dropout=dropout)
