@@ -37,7 +37,7 @@ def unfold(m: jax.Array, shape: tuple[int, ...], axes: str) -> jax.Array:
 
 
 def stacked(fn: Callable, depth: int, in_axes=0) -> Callable:
-    """`fn`, mapped over `depth` leading axes; `in_axes` is one for every axis, or a list of one an axis, outermost first."""
+    """`fn`, mapped over `depth` leading axes. `in_axes` is for all of them, or a list of one each, outermost first."""
     for axes in reversed(in_axes if isinstance(in_axes, list) else [in_axes] * depth):
         fn = jax.vmap(fn, in_axes=axes)
     return fn

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from ._kernel import STACK, fold, stacked, unfold
-from ._shared import Shared, is_shared, unshare
+from ._shared import is_shared, unshare
 
 
 class Role(enum.Enum):
@@ -39,7 +39,7 @@ Static = Role.STATIC
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-class Node(abc.ABC):
+class Node(abc.ABC):  # noqa: B024 - what it asks of a subclass is fields
     """Abstract base of every node: a frozen dataclass and a pytree, each of whose fields declares its role.
 
     **Raises** `TypeError`, when the class is made, for a field that is not `Trainable[...]`, `Frozen[...]` or
@@ -81,7 +81,7 @@ class Leaf(Node, meta.AxisMetadata):
         """The parameter that this node stands for."""
 
     def take(self, fn: Callable[[jax.Array, int], jax.Array], axis: int, drop: bool) -> "Leaf | None":
-        """The node of a part of the parameter, where `fn(array, axis)` takes that part; `None` if there is no such node.
+        """The node of that part of the parameter which `fn(array, axis)` takes; `None` if there is no such node.
 
         `drop` tells that `fn` removes the axis.
         """
@@ -152,7 +152,7 @@ class Matrix(Leaf):
     def each(self, fn: Callable, *args: Any, mapped: list[tuple[int | None, ...]] | None = None) -> Any:
         """`fn(node, *args)` for the node of every matrix, with the stacked axes first in the result.
 
-        `mapped` tells for each stacked axis which of `args` have it, `0` for first and `None` for no; by default all do.
+        `mapped` tells for each stacked axis which of `args` have it: `0` for first, `None` for no. By default all do.
         """
         lone = self.replace(axes=self.axes.replace(STACK, ""))
         node = jax.tree.map(lambda x: None if is_shared(x) else 0, lone, is_leaf=is_shared)
@@ -212,7 +212,7 @@ class Additive(Node):
         return y
 
     def around(self, call: Callable, key: jax.Array | None, *args: Any, **kwargs: Any) -> Any:
-        """The module's call as a whole, for what `inputs` and `output` cannot say. `key` is there when dropout is on."""
+        """The call as a whole, for what `inputs` and `output` cannot say. `key` is there when dropout is on."""
         args = self.inputs(*args)
         return self.output(call(*args, **kwargs), *args)
 

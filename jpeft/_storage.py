@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from ._checksum import checksum
 
+
 Json = Any
 FORMAT = 1
 MANIFEST = "manifest.json"

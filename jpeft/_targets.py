@@ -45,7 +45,7 @@ class Call:
 
     features_in: int  # the size of the last axis of its first argument
     features_out: int  # and of its (first) result
-    stack: tuple[int, ...] | None  # the sizes of the axes that its parameters are stacked over; `None`: not the first ones
+    stack: tuple[int, ...] | None  # the sizes of the first axes, over which it is stacked; `None`: of others
 
 
 class Sites(dict[str, Site]):
@@ -60,7 +60,8 @@ class Sites(dict[str, Site]):
     def __str__(self):
         rows = [("path", "shape", "dtype", "axes", "operations", "GFLOP")]
         for s in self.values():
-            rows.append((s.path, str(s.shape), str(s.dtype), s.axes or "?", " ".join(s.ops) or "-", f"{s.flops / 1e9:.3g}"))
+            ops, flops = " ".join(s.ops) or "-", f"{s.flops / 1e9:.3g}"
+            rows.append((s.path, str(s.shape), str(s.dtype), s.axes or "?", ops, flops))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -150,7 +151,7 @@ def kernels(params: Any, targets: Targets | None, sites: Sites | None) -> dict[s
         raise ValueError(_ambiguous(unsettled))
     for n, given in axes.items():
         if len(given) != len(shapes[n]) or set(given) - {IN, OUT, STACK}:
-            raise ValueError(f"{n!r} has shape {shapes[n]}: its axes cannot be {given!r}. One letter an axis, of 'ios'.")
+            raise ValueError(f"{n!r} has shape {shapes[n]}: its axes cannot be {given!r}. A letter an axis, of 'ios'.")
     return axes
 
 

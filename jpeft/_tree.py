@@ -103,7 +103,9 @@ def put(params: Params, new: Mapping[str, Callable[[Any], Node]], *, over_nodes:
     held = [f"  {name}: {type(leaves[name]).__name__}" for name in new if isinstance(leaves[name], Node)]
     if held and not over_nodes:
         raise ValueError(
-            "This method keeps no base to nest these nodes in: it would silently replace them.\n" + "\n".join(held) + "\n"
+            "This method keeps no base to nest these nodes in: it would silently replace them.\n"
+            + "\n".join(held)
+            + "\n"
             "Apply this one first (in `jpeft.chain`, put it before), or leave these parameters out of `targets`."
         )
     one = lambda path, x: new[name](x) if (name := name_of(path)) in new else x
@@ -112,7 +114,7 @@ def put(params: Params, new: Mapping[str, Callable[[Any], Node]], *, over_nodes:
 
 @functools.partial(jax.jit, static_argnames=("new", "axes", "chosen"))
 def _new(key: jax.Array, leaf: Any, *, new: Callable, axes: str, chosen: tuple[tuple[str, Any], ...]) -> Node:
-    """`new(key, w)` for every matrix `w` in `leaf`; compiled, so that a value which `new` does not use is not formed."""
+    """`new(key, w)` for every matrix `w` in `leaf`; compiled, so that a `w` which `new` does not use is not formed."""
     w = value(leaf)
     for size in (n for n, c in zip(w.shape, axes, strict=True) if c == STACK):
         split = functools.partial(jax.random.split, num=size)
@@ -241,7 +243,7 @@ def attach(
     unknown = [path for path, call in calls.items() if call is None or call.stack is None]
     if unknown:
         raise ValueError(
-            f"How many features go into and out of these modules, over which first axes are they stacked? {unknown[:8]}\n"
+            f"How many features go in and out, and over which first axes are the modules stacked? {unknown[:8]}\n"
             'Let the model tell: sites = jpeft.sites(model, {"params": params}, *example_inputs), and pass sites=sites.'
         )
     at = {}
@@ -264,7 +266,7 @@ def modules(params: Params) -> dict[str, dict[str, Any]]:
 def _features(own: dict[str, Any], path: str, sites: Sites | None) -> Call | None:
     if sites is not None and path in sites.modules:
         return sites.modules[path]
-    shape = jax.eval_shape(value, own["kernel"]).shape if is_param(own.get("kernel")) or hasattr(own.get("kernel"), "shape") else ()
+    shape = jax.eval_shape(value, own["kernel"]).shape if "kernel" in own and "kernel" in named_leaves(own) else ()
     return Call(*shape, ()) if len(shape) == 2 else None
 
 

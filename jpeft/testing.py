@@ -90,9 +90,13 @@ class Subject:
         return self.run(self.params)
 
 
-BASES = {"float": lambda params, sites: params, "int8": lambda p, s: int8(p, sites=s), "nf4": lambda p, s: nf4(p, sites=s)}
-LAYERS = 2
+BASES = {
+    "float": lambda params, sites: params,
+    "int8": lambda params, sites: int8(params, sites=sites),
+    "nf4": lambda params, sites: nf4(params, sites=sites),
+}
 SUBJECTS = (("float", False), ("float", True), ("int8", False), ("nf4", True))  # base, and whether layers are scanned
+LAYERS = 2
 
 
 @functools.cache
@@ -155,7 +159,8 @@ def branches(method: Method, subject: Subject) -> None:
         x = jax.random.normal(jax.random.key(6), (*w.shape[:-2], 5, w.shape[-2]))
         alone = node.replace(base=None)
         y = alone.each(lambda n, x: n.branch(x, None), x)
-        _close(y, jnp.einsum("...ni,...io->...no", x, alone.each(lambda n, w: n.weight(w), w) - w), "branch is not weight")
+        change = alone.each(lambda n, w: n.weight(w), w) - w
+        _close(y, jnp.einsum("...ni,...io->...no", x, change), "branch is not weight")
         _close(alone.each(lambda n, x: n.branch(2 * x, None), x), 2 * y, "branch is not linear")
 
 
@@ -313,8 +318,8 @@ def strips(method: Method, subject: Subject) -> None:
 LAWS: dict[str, Callable[[Method, Subject], None]] = {
     law.__name__: law
     for law in (
-        identity, acts, branches, merges, unboxes, partitions, trains, freezes, counts, scans, maps, compiles, keeps_dtypes, saves,
-        strips,
+        identity, acts, branches, merges, unboxes, partitions, trains, freezes, counts, scans, maps, compiles,
+        keeps_dtypes, saves, strips,
     )
 }  # fmt: skip
 
@@ -326,7 +331,8 @@ def cases(method: Method) -> Iterator[tuple[str, str, bool]]:
     """
     unknown = set(method.exceptions) - set(LAWS) - set(BASES)
     if unknown:
-        raise ValueError(f"There are no laws or bases {sorted(unknown)} to except; there are {', '.join((*LAWS, *BASES))}.")
+        known = ", ".join((*LAWS, *BASES))
+        raise ValueError(f"There are no laws or bases {sorted(unknown)} to except; there are {known}.")
     every = ((law, base, scan) for law in LAWS for base, scan in SUBJECTS)
     return (case for case in every if method.exceptions.keys().isdisjoint(case[:2]))
 

@@ -7,7 +7,8 @@ from jpeft.testing import LAYERS, Method
 
 
 STARTS_ELSEWHERE = "the model runs on more positions, and attends to the prompt from the first step on"
-ACTIVATIONS = "acts on activations, and is no function of the weights"
+ROUNDED = "rounded kernels do not train: it refuses them"
+NO_WEIGHTS = dict.fromkeys(("merges", "unboxes"), "it acts on activations, and is no function of the weights")
 
 
 def _kernels(sites):
@@ -27,7 +28,8 @@ def _sizes(*endings):
 
 
 def _in_layers(share):
-    return lambda params, sites: round(share * sum(math.prod(s.shape) for n, s in sites.items() if n.startswith("layers")))
+    in_layers = lambda sites: sum(math.prod(s.shape) for n, s in sites.items() if n.startswith("layers"))
+    return lambda params, sites: round(share * in_layers(sites))
 
 
 def _bottleneck(width, modules):
@@ -36,7 +38,11 @@ def _bottleneck(width, modules):
 
 METHODS = [
     Method("lora", lambda p, s, key: jpeft.lora(p, rank=3, alpha=6, sites=s, key=key), _low_rank(3)),
-    Method("rslora", lambda p, s, key: jpeft.lora(p, rank=4, alpha=4, rslora=True, init="gaussian", sites=s, key=key), _low_rank(4)),
+    Method(
+        "rslora",
+        lambda p, s, key: jpeft.lora(p, rank=4, alpha=4, rslora=True, init="gaussian", sites=s, key=key),
+        _low_rank(4),
+    ),
     Method(
         "bitfit",
         lambda p, s, key: jpeft.bitfit(p),
@@ -55,40 +61,40 @@ METHODS = [
         _in_layers(1 / LAYERS),
         exceptions={
             "unboxes": "a lifted transform slices all arrays alike, and refuses a parameter that is held in two parts",
-            "scans": "of a stacked parameter some rows train, where unrolled layers have trainable ones and frozen ones",
-            "int8": "rounded kernels do not train: `last_layers` refuses them",
-            "nf4": "rounded kernels do not train: `last_layers` refuses them",
+            "scans": "of a stacked parameter some rows train; unrolled layers train or do not as a whole",
+            "int8": ROUNDED,
+            "nf4": ROUNDED,
         },
     ),
     Method(
         "houlsby",
         lambda p, s, key: jpeft.bottleneck(p, width=3, sites=s, key=key),
         _bottleneck(3, [(16, 16), (16, 16)]),
-        exceptions={"merges": ACTIVATIONS, "unboxes": ACTIVATIONS},
+        exceptions=NO_WEIGHTS,
     ),
     Method(
         "pfeiffer",
         lambda p, s, key: jpeft.bottleneck(p, width=3, placement="pfeiffer", init="houlsby", sites=s, key=key),
         _bottleneck(3, [(16, 16)]),
-        exceptions={"merges": ACTIVATIONS, "unboxes": ACTIVATIONS, "identity": "its start, a normal of deviation 0.001, is near the identity"},
+        exceptions=NO_WEIGHTS | {"identity": "its start, a normal of deviation 0.001, is near the identity"},
     ),
     Method(
         "parallel",
         lambda p, s, key: jpeft.bottleneck(p, width=3, placement="parallel", sites=s, key=key),
         _bottleneck(3, [(16, 16)]),
-        exceptions={"merges": ACTIVATIONS, "unboxes": ACTIVATIONS},
+        exceptions=NO_WEIGHTS,
     ),
     Method(
         "prompt",
         lambda p, s, key: jpeft.prompt(p, length=4, key=key),
         lambda params, sites: 4 * 16,
-        exceptions={"merges": ACTIVATIONS, "unboxes": ACTIVATIONS, "identity": STARTS_ELSEWHERE},
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
     ),
     Method(
         "prompt_encoder",
         lambda p, s, key: jpeft.prompt(p, length=4, init="noise", key=key),
         lambda params, sites: 4 * 16,
         model="encoder",
-        exceptions={"merges": ACTIVATIONS, "unboxes": ACTIVATIONS, "identity": STARTS_ELSEWHERE},
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
     ),
 ]

@@ -18,11 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jpeft
-from jpeft._shared import SHARED
 from jpeft import _storage
 from jpeft._checkpoint import BaseMismatchError, restore, save
 from jpeft._checksum import checksum
-from jpeft._shared import Ref
+from jpeft._shared import SHARED, Ref
 from jpeft._storage import CheckpointError
 
 

@@ -17,14 +17,12 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        layer = nn.Dense
         if self.scan:
-            body = lambda layer, x, _: (nn.tanh(layer(x)), None)
-            layer = nn.scan(lambda m, x, _: body(m, x, _), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-            x, _ = layer(nn.Dense(6, name="layers"), x, None)
-            return x
+            layer = lambda dense, x, _: (nn.tanh(dense(x)), None)
+            over = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return over(nn.Dense(6, name="layers"), x, None)[0]
         for n in range(3):
-            x = nn.tanh(layer(6, name=f"layers_{n}")(x))
+            x = nn.tanh(nn.Dense(6, name=f"layers_{n}")(x))
         return x
 
 

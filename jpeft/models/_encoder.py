@@ -12,6 +12,7 @@ from jax import Array
 
 from ._layers import MLP, Attention, Norm, apply_layers
 
+
 _ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),

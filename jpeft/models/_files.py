@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ._encoder import Encoder, EncoderConfig
 from ._layers import stack_layers
 
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jpeft.models import Decoder, DecoderConfig, stack_layers
 
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "minilm"
 NAMES = {
     "model.embed_tokens": "embed/embedding",

@@ -11,6 +11,7 @@ import pytest
 
 from jpeft.models import Classifier, Encoder, EncoderConfig, load, minilm_directory, stack_layers
 
+
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "minilm" / "encoder.npz"
 TINY = EncoderConfig(
     vocab_size=31,

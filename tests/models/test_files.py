@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from jpeft.models import EncoderConfig, load, minilm_directory, stack_layers
 
+
 CONFIG = EncoderConfig(
     vocab_size=11,
     hidden_size=6,
