@@ -6,13 +6,13 @@ from methods import METHODS
 from jpeft.testing import LAWS, cases, subject
 
 
-CASES = [(method, *case) for method in METHODS for case in cases(method)]
+def case(method, law, base, scan):
+    name = f"{method.name}-{law}-{base}-{'scanned' if scan else 'unrolled'}"
+    return pytest.param(method, law, base, scan, id=name, marks=pytest.mark.xdist_group(method.name))
 
 
 @pytest.mark.parametrize(
-    ("method", "law", "base", "scan"),
-    CASES,
-    ids=[f"{m.name}-{law}-{base}-{'scanned' if scan else 'unrolled'}" for m, law, base, scan in CASES],
+    ("method", "law", "base", "scan"), [case(method, *found) for method in METHODS for found in cases(method)]
 )
 def test_law(method, law, base, scan):
     LAWS[law](method, subject(method.model, scan, base))
