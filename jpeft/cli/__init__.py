@@ -1,0 +1,67 @@
+"""The command `jpeft`."""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import util
+
+from jpeft.cli._errors import UserError, check_choice
+
+
+_HELP = """usage: jpeft COMMAND [OPTIONS]
+
+Parameter-efficient fine-tuning for JAX and Flax.
+
+commands:
+  finetune   fine-tune a pretrained encoder to classify texts, and leave an adapter
+
+`jpeft COMMAND --help` shows a command's options. Without any, `jpeft finetune` runs a demonstration.
+"""
+_EXTRA = ("tyro", "rich", "matplotlib", "safetensors", "tokenizers")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`, by default that of the process, and return its exit code.
+
+    2 tells of an input that cannot be worked with, 130 of a Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP)
+        return 0 if argv else 2
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"finetune": _finetune}
+    try:
+        check_choice("command", argv[0], commands)
+        if missing := [name for name in _EXTRA if util.find_spec(name) is None]:
+            raise UserError(f'{", ".join(missing)} is not installed: pip install "jpeft[cli]"')
+        return commands[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"jpeft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jpeft: interrupted; what was saved stays", file=sys.stderr)
+        return 130
+
+
+def _finetune(argv: Sequence[str]) -> int:
+    import tyro
+    from rich.console import Console
+
+    from jpeft.cli._arguments import Arguments
+    from jpeft.cli._run import check_same, saved_arguments
+    from jpeft.cli._train import Interrupted
+    from jpeft.cli.finetune import finetune
+
+    parse = partial(tyro.cli, Arguments, prog="jpeft finetune", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    arguments = parse()
+    if arguments.resume:
+        saved = saved_arguments(arguments)
+        arguments = parse(default=saved)
+        check_same(arguments, saved)
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
+    try:
+        finetune(arguments, console)
+    except Interrupted as stop:
+        console.print(f"{stop}; to go on: jpeft finetune --resume --output {stop.directory}")
+        return 130
+    return 0
