@@ -52,7 +52,7 @@ def _finetune(argv: Sequence[str]) -> int:
     from jpeft.cli._train import Interrupted
     from jpeft.cli.finetune import finetune
 
-    parse = partial(tyro.cli, Arguments, prog="jpeft finetune", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    parse = partial(tyro.cli, Arguments, prog="jpeft finetune", args=argv)
     arguments = parse()
     if arguments.resume:
         saved = saved_arguments(arguments)
