@@ -79,7 +79,7 @@ def test_dropout(passes):
         ({"dropout": 1.0}, "dropout in"),
         ({"targets": ["lm_head", "layers_0/mpl"]}, "'layers_0/mpl' matches no module. Near: layers_0/mlp"),
         ({"width": {"layers_3/.*": 3, ".*": 2}}, "'layers_3/.*' matches no target of the option `width`"),
-        ({"targets": ".*/mlp"}, "How many features go into and out of these modules"),
+        ({"targets": ".*/mlp"}, "How many features go in and out"),
     ],
 )
 def test_refuses(options, message):
