@@ -6,6 +6,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    """What a file has compiled is of no use to the next, and takes gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items):
     """Where tests run in several processes, those of a file share one, and what is compiled in it."""
     for item in items:
