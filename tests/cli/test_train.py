@@ -39,8 +39,15 @@ def test_first_step_is_adams(arguments):
     np.testing.assert_allclose(updates["bias"], peak, rtol=1e-5)
 
 
-def test_interruption_is_told_once_and_then_lets_go():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def before():
+    """Python's own handler, which a process that was started in the background does not have."""
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, outer)
+
+
+def test_interruption_is_told_once_and_then_lets_go(before):
     with interruptions() as interrupted:
         assert not interrupted()
         os.kill(os.getpid(), signal.SIGINT)
