@@ -36,10 +36,10 @@ METHODS: dict[str, Callable[[Arguments, Transform], Transform]] = {
 
 LEARNING_RATES = {
     "lora": 1e-3,
-    "bitfit": 1e-3,
-    "norms": 1e-3,
-    "last-layers": 1e-4,
-    "bottleneck": 1e-3,
+    "bitfit": 4e-3,
+    "norms": 4e-3,
+    "last-layers": 5e-4,
+    "bottleneck": 3e-3,
     "prompt": 1e-2,
     "full": 5e-5,
 }
