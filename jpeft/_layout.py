@@ -81,10 +81,9 @@ class Layout:
         sizes = (*self.sizes[:t], major, self.sizes[t] // major, *self.sizes[t + 1 :])
         return Layout("".join(double(self.letters)), sizes, double(self.axis), self.dims)
 
-    def drop(self, d: int) -> "Layout | None":
-        """The layout without dimension `d`, which must be one whole axis of the kernel."""
-        if len(self.dims[d]) != 1 or self.axis.count(self.axis[t := self.dims[d][0]]) != 1:
-            return None
+    def drop(self, d: int) -> "Layout":
+        """The layout without dimension `d`, which is one whole axis of the kernel."""
+        (t,) = self.dims[d]
         k = self.axis[t]
         shift = lambda u: u - (u > t)
         keep = [u for u in range(len(self.sizes)) if u != t]

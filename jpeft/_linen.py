@@ -129,6 +129,6 @@ def root_calls(run: Callable) -> Iterator[None]:
 
 
 def _has_nodes(tree: Any) -> bool:
-    if isinstance(tree, dict) or hasattr(tree, "items"):
+    if hasattr(tree, "items"):
         return any(map(_has_nodes, tree.values()))
     return is_node(tree)

@@ -161,21 +161,11 @@ def combine(*trees: Params) -> Params:
     return jax.tree.map(lambda *xs: next((x for x in xs if x is not None), None), *trees, is_leaf=lambda x: x is None)
 
 
-def _plain(params: Params, one: Callable[[str, Any], Any]) -> Params:
-    """The tree with `one(name, node)` in place of every `Leaf`, and without what stands beside parameters."""
+def _plain(params: Params, one: Callable[[Any], Any]) -> Params:
+    """The tree with `one(x)` in place of every parameter, and without what stands beside parameters."""
     if not isinstance(params, Mapping):
-        return jax.tree_util.tree_map_with_path(lambda p, x: one(name_of(p), x), params, is_leaf=is_param)
-
-    def walk(tree, prefix):
-        here = {}
-        for k, x in tree.items():
-            name = f"{prefix}{k}"
-            if isinstance(x, Additive) or name == SHARED:
-                continue
-            here[k] = walk(x, f"{name}/") if isinstance(x, Mapping) else _plain(x, lambda n, x, at=name: one(at + n, x))
-        return here
-
-    return walk(params, "")
+        return jax.tree.map(one, params, is_leaf=is_param)
+    return {k: _plain(x, one) for k, x in params.items() if k != SHARED and not isinstance(x, Additive)}
 
 
 def merge(params: Params) -> Params:
@@ -196,7 +186,7 @@ def merge(params: Params) -> Params:
             "model through `jpeft.apply`.\n" + "\n".join(stuck)
         )
     shared = shared_arrays(params)
-    return _plain(params, lambda _, x: rebox(x, value(resolve(x, shared))) if isinstance(x, Leaf) else x)
+    return _plain(params, lambda x: rebox(x, value(resolve(x, shared))) if isinstance(x, Leaf) else x)
 
 
 def strip(params: Params) -> Params:
@@ -205,7 +195,7 @@ def strip(params: Params) -> Params:
     An unfrozen parameter has taken the place of its base: its present value is returned.
     """
 
-    def base(_, x):
+    def base(x):
         while isinstance(x, Reparam):
             x = x.base
         return x if isinstance(x, Matrix) or not isinstance(x, Leaf) else value(x)
