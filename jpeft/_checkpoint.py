@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._manifest import build, complete, describe, keys, kind, pointer, whole
-from ._node import Additive, is_param
+from ._manifest import build, complete, describe, keys, kind, pointer
+from ._node import Additive, is_param, whole
 from ._shared import SHARED, resolve
 from ._storage import CheckpointError, Json, dumps, read, write
 from ._tree import Params, partition, shared_arrays, strip

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from ._engine import Record
+from ._merge import beside
 from ._node import Additive, is_node, value
 from ._shared import unshare
 from ._targets import Call, name_of
@@ -62,8 +62,7 @@ def _params(module: nn.Module) -> dict[str, Any]:
 
 def _beside(module: nn.Module) -> list[tuple[str, Additive]]:
     """The module's nodes, in the order in which they were attached."""
-    found = [(name, unshare(x)) for name, x in _params(module).items() if isinstance(x, Additive)]
-    return sorted(found, key=lambda pair: int((re.search(r"_(\d+)$", pair[0]) or [0, 0])[1]))
+    return [(name, unshare(x)) for name, x in beside(_params(module))]
 
 
 def _key(module: nn.Module, name: str, node: Additive, key: Any) -> Any:
@@ -87,12 +86,17 @@ def _note(record: Record, module: nn.Module, args: Any, y: Any) -> None:
     """Remember the sizes of what the module is called with and returns."""
     sizes = [getattr(x, "shape", ()) for x in (args[0] if args else None, y[0] if isinstance(y, tuple) else y)]
     if all(len(s) for s in sizes):
-        call = Call(sizes[0][-1], sizes[1][-1], _stack(record, module))
+        call = Call(sizes[0][-1], sizes[1][-1], _stack(record, module), sizes[0])
         record.modules.setdefault("/".join(module.path), call)
 
 
 def _stack(record: Record, module: nn.Module) -> tuple[int, ...] | None:
-    """The sizes of the axes of its parameters that a lifted transform has sliced away, if they came first."""
+    """The sizes of the axes of its parameters that a lifted transform has sliced away, if they came first.
+
+    A module without parameters is stacked as the one around it is.
+    """
+    while not jax.tree.leaves(_params(module)) and isinstance(module.parent, nn.Module):
+        module = module.parent
     for path, x in jax.tree_util.tree_leaves_with_path(_params(module)):
         whole = record.names.get("/".join((*module.path, name_of(path))))
         if whole is not None and not is_node(whole):

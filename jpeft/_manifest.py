@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from ._node import Leaf, Node, Reparam, Role, value
+from ._node import Leaf, Node, Role, value
 from ._shared import Ref
 from ._storage import Json, record
 from ._targets import name_of
@@ -64,13 +64,6 @@ def describe(x: Any, path: str, arrays: dict[str, Any], *, of_base: bool) -> Jso
 def is_form(x: Any) -> bool:
     """Whether `x` is a parameter in another form, such as a quantized one: it trains nothing and has no base."""
     return isinstance(x, Leaf) and x.original is None and Role.TRAINABLE not in x.roles.values()
-
-
-def whole(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the parameter that `x` is or stands for."""
-    while isinstance(x, Reparam):
-        x = x.base
-    return jax.eval_shape(value, x)
 
 
 def kind(x: Any) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from ._kernel import STACK, fold, stacked, unfold
-from ._shared import is_shared, unshare
+from ._shared import SHARED, is_shared, refs, unshare
 
 
 class Role(enum.Enum):
@@ -99,6 +99,11 @@ class Leaf(Node, meta.AxisMetadata):
     # Flax's protocol for a boxed parameter.
 
     def unbox(self):
+        if names := refs(self):
+            raise ValueError(
+                f"A {type(self).__name__} uses {', '.join(names)} of params['{SHARED}'], which a parameter by itself "
+                "does not know. Call the model through `jpeft.apply`, or within `jpeft.intercept()`."
+            )
         return self.value()
 
     def replace_boxed(self, val):
@@ -182,10 +187,12 @@ class Reparam(Matrix):
 
     def exact(self) -> jax.Array:
         """The value in float32 at least: small updates are lost in a sum of bfloat16s, so a merge casts last."""
-        w = self.base.exact() if isinstance(self.base, Reparam) else value(self.base)
-        w = w.astype(jnp.float32) if jnp.finfo(w.dtype).bits < 32 else w
-        m = cast(self.replace(base=None), w.dtype).each(lambda node, w: node.weight(w), fold(w, self.axes))
-        return unfold(m, w.shape, self.axes)
+        return unfold(self.of_base(lambda node, w: node.weight(w)), whole(self).shape, self.axes)
+
+    def of_base(self, fn: Callable[[Self, jax.Array], jax.Array]) -> jax.Array:
+        """`fn(node, w)` for every matrix of the base, in float32 at least, with the stacked axes first."""
+        w = widened(self.base.exact() if isinstance(self.base, Reparam) else value(self.base))
+        return cast(self.replace(base=None), w.dtype).each(fn, fold(w, self.axes))
 
 
 class Branch(Reparam):
@@ -198,6 +205,21 @@ class Branch(Reparam):
         `key` is there when dropout is on. Only `x @ matrix` is promised to be fast: where the kernel is looked up or
         convolved with, `x` is an operand that multiplies without being formed.
         """
+
+
+class Amplified(Reparam):
+    r"""A `Reparam` of the form $(W + D)\,\mathrm{diag}(g)$, that can act on activations without forming its matrix.
+
+    Only $g$ may depend on $W$.
+    """
+
+    @abc.abstractmethod
+    def branch(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """`x @ D`, as a `Branch` has it."""
+
+    @abc.abstractmethod
+    def gain(self, w: jax.Array) -> jax.Array:
+        """`g (out,)`: what every output is multiplied with, where the base is `w (in, out)`."""
 
 
 class Additive(Node):
@@ -217,9 +239,27 @@ class Additive(Node):
         return self.output(call(*args, **kwargs), *args)
 
 
+class Affine(Additive):
+    """An `Additive` that makes another affine map of the one it stands beside: it can be merged into its weights."""
+
+    axes: Static[str] = "io"  # the letters of the kernel's axes; every array has the stacked ones first
+
+    @abc.abstractmethod
+    def merged(self, w: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """The kernel `(in, out)` and the bias `(out,)`, where there is one, that the module would have to have.
+
+        **Raises** `ValueError` where there are none.
+        """
+
+
 def cast(tree: Any, dtype: Any) -> Any:
     """The tree with its floating-point arrays in `dtype`."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """In float32 at least."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def is_node(x: Any) -> bool:
@@ -236,6 +276,13 @@ def value(x: Any) -> jax.Array:
     if isinstance(x, Leaf):
         return x.value()
     return value(x.unbox()) if isinstance(x, meta.AxisMetadata) else x
+
+
+def whole(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the parameter that `x` is or stands for."""
+    while isinstance(x, Reparam):
+        x = x.base
+    return jax.eval_shape(value, x)
 
 
 def rebox(x: Any, new: Any) -> Any:

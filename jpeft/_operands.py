@@ -86,6 +86,9 @@ class Routed(Operand):
 
     __rmul__ = __mul__
 
+    def __sub__(self, other):
+        return dataclasses.replace(self, x=self.x - other.x)
+
     def map(self, fn):
         return dataclasses.replace(self, x=fn(self.x))
 

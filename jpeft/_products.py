@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._node import Branch, Leaf, Reparam
+from ._node import Amplified, Branch, Leaf, Reparam
 from ._operands import Lookup, NoRule, Routed, Window, fold_in
 from ._view import View
 
@@ -28,6 +28,7 @@ class Product:
     branch: Callable[[View, jax.Array | None], jax.Array | None]  # what the node of a view adds to the output
     letters: dict[int, str]  # the letter of each dimension of the view
     flops: float
+    outputs: Callable[[View, jax.Array], jax.Array | None]  # a `(stacks..., out)` as it multiplies the output
 
 
 def dot_general(eqn: Any, vals: list[Any]) -> Product | None:
@@ -47,7 +48,10 @@ def dot_general(eqn: Any, vals: list[Any]) -> Product | None:
     def branch(view, key):
         return _dot(view, x, (vc, xc), (vb, xb), free, first, out.shape, eqn.params["precision"], key)
 
-    return Product("dot_general", view, 0 if first else 1, branch, letters, 2.0 * out.size * contracted)
+    def outputs(view, g):
+        return _outputs(view.layout, g, vc, vb, free, first, out.ndim)
+
+    return Product("dot_general", view, 0 if first else 1, branch, letters, 2.0 * out.size * contracted, outputs)
 
 
 def _dot(view, x, contract, batch, free, first, out_shape, precision, key):
@@ -84,6 +88,18 @@ def _dot(view, x, contract, batch, free, first, out_shape, precision, key):
     want = [*lead, *rest, *x_free] if first else [*lead, *x_free, *rest]
     lost = [t for t in have if t not in want]  # stacked, of size one
     return view.scaled(jnp.transpose(y, [have.index(t) for t in (*want, *lost)]).reshape(out_shape))
+
+
+def _outputs(layout, g, contract, batch, free, first, ndim):
+    """`g (stacks..., out)` in the place of its axes in the output; `None` if it is not there."""
+    if set(layout.of_dims(contract)) != set(layout.atoms("i")):
+        return None
+    have, want = [*layout.atoms("s"), *layout.atoms("o")], layout.of_dims([*batch, *free])
+    lost = [t for t in have if t not in want]  # stacked, of size one
+    g = jnp.transpose(g.reshape([layout.sizes[t] for t in have]), [have.index(t) for t in (*want, *lost)])
+    lead, rest = ([layout.shape[d] for d in dims] for dims in (batch, free))
+    ones = [1] * (ndim - len(lead) - len(rest))
+    return g.reshape([*lead, *rest, *ones] if first else [*lead, *ones, *rest])
 
 
 def _stacked_branch(node, x, key, forward, width, stacks, size):
@@ -142,11 +158,12 @@ def conv(eqn: Any, vals: list[Any]) -> Product | None:
             return jnp.moveaxis(y, features, -1).astype(x.dtype)
 
         with _precision(params["precision"]):
-            y = view.adapter.branch(Window(x, convolve), key)
+            y = view.branch(Window(x, convolve), key)
         return view.scaled(jnp.moveaxis(y, -1, features))
 
     size = math.prod(view.layout.shape[d] for d in window)
-    return Product("conv", view, 1, branch, letters, 2.0 * out.size * size)
+    outputs = lambda _, g: g.reshape([-1 if d == features else 1 for d in range(out.ndim)])
+    return Product("conv", view, 1, branch, letters, 2.0 * out.size * size, outputs)
 
 
 def gather(eqn: Any, vals: list[Any]) -> Product | None:
@@ -175,10 +192,11 @@ def gather(eqn: Any, vals: list[Any]) -> Product | None:
             changed = {"dimension_numbers": numbers._replace(offset_dims=(rows,)), "slice_sizes": (1, a.shape[-1])}
             return eqn.primitive.bind(a, index, **{**eqn.params, **changed})
 
-        y = view.adapter.branch(Lookup(look, view.dtype), key)
+        y = view.branch(Lookup(look, view.dtype), key)
         return view.scaled(y.reshape(out.shape))
 
-    return Product("gather", view, 0, branch, {0: "i"} | dict.fromkeys(rest, "o"), 0.0)
+    outputs = lambda _, g: g.reshape((1,) * rows + out.shape[rows:])
+    return Product("gather", view, 0, branch, {0: "i"} | dict.fromkeys(rest, "o"), 0.0, outputs)
 
 
 def ragged_dot(eqn: Any, vals: list[Any]) -> Product | None:
@@ -196,9 +214,11 @@ def ragged_dot(eqn: Any, vals: list[Any]) -> Product | None:
         one = [layout.letters.count(c) for c in "sio"] == [1, 1, 1] and layout.letters.replace("?", "") == "sio"
         if not one or [layout.letters[t] for t in layout.of_dims(range(3))] != ["s", "i", "o"]:
             return None
-        return view.scaled(view.adapter.branch(Routed(x, groups), key).x)
+        return view.scaled(view.branch(Routed(x, groups), key).x)
 
-    return Product("ragged_dot", view, 1, branch, {0: "s", 1: "i", 2: "o"}, 2.0 * out.size * x.shape[1])
+    outputs = lambda _, g: jnp.repeat(g, groups, axis=0, total_repeat_length=len(x))
+    letters = {0: "s", 1: "i", 2: "o"}
+    return Product("ragged_dot", view, 1, branch, letters, 2.0 * out.size * x.shape[1], outputs)
 
 
 RULES: dict[str, Callable[[Any, list[Any]], Product | None]] = {
@@ -218,20 +238,27 @@ def compute(product: Product, bind: Callable, vals: list[Any], key: Any, note: C
     others = [v for n, v in enumerate(vals) if n != product.place]
     fill = lambda w, others: bind([*others[: product.place], w, *others[product.place :]])
     view, extra = product.view, []
-    while isinstance(view.node, Branch):
-        try:
-            part = product.branch(view, fold_in(key, len(extra)))
-        except NoRule:
-            part = None
-        if part is None:
-            break
+    while (found := _on_activations(product, view, fold_in(key, len(extra)))) is not None:
         note(view.name, "branched")
-        extra.append(part)
+        extra.append(found)
         view = view.base
     y = _product_of(view, fill, others, note)
-    for part in extra:
+    for part, gain in reversed(extra):  # the innermost node first: a gain is of all that is below it
         y = y + part.astype(y.dtype)
+        y = y if gain is None else y * gain.astype(y.dtype)
     return y
+
+
+def _on_activations(product: Product, view: View, key: Any) -> tuple[jax.Array, jax.Array | None] | None:
+    """What the node adds to the output, and what it then multiplies it with; `None` where its value must be taken."""
+    try:
+        part = product.branch(view, key) if isinstance(view.node, Branch | Amplified) else None
+    except NoRule:
+        return None
+    if part is None or isinstance(view.node, Branch):
+        return None if part is None else (part, None)
+    gain = product.outputs(view, view.node.of_base(lambda node, w: node.gain(w)))
+    return None if gain is None else (part, gain)
 
 
 def _product_of(view: View, fill: Callable, others: list[Any], note: Callable) -> jax.Array:

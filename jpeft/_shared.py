@@ -5,6 +5,7 @@ where layers are scanned or experts mapped, it stays outside.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,6 +33,21 @@ class Shared:
     """A shared array in its place, while a computation runs."""
 
     array: jax.Array
+
+
+def share(params: Mapping[str, Any], **arrays: Any) -> tuple[dict[str, Any], dict[str, Ref]]:
+    """The tree with `arrays` shared, and a `Ref` to each, under a name of its own where one is taken."""
+    held = params.get(SHARED, {})
+    free = lambda name: next(n for n in (name, *(f"{name}_{k}" for k in range(1, len(held) + 1))) if n not in held)
+    names = {name: free(name) for name in arrays}
+    added = {names[name]: x for name, x in arrays.items()}
+    return {**params, SHARED: {**held, **added}}, {name: Ref(names[name]) for name in arrays}
+
+
+def refs(tree: Any) -> list[str]:
+    """The names of the shared arrays that a tree refers to."""
+    is_ref = lambda x: isinstance(x, Ref)
+    return [x.name for x in jax.tree.leaves(tree, is_leaf=is_ref) if is_ref(x)]
 
 
 def is_shared(x: Any) -> bool:

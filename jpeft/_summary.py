@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import optax
 
-from ._manifest import is_form, kind, whole
-from ._node import Additive, Role, is_param
+from ._manifest import is_form, kind
+from ._node import Additive, Role, is_param, whole
 from ._targets import name_of
 from ._tree import Params, labels, partition
 

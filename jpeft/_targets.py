@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ._kernel import IN, OUT, STACK
-from ._node import Additive, is_param, value
+from ._node import Additive, is_param, whole
 from ._shared import SHARED
 
 
@@ -19,6 +19,10 @@ Targets = str | Sequence[str] | Mapping[str, str] | Callable[[str, Any], bool]
 # A value for every target, or patterns with the value of what they match: the first match wins.
 Option = Any
 
+TABLE = (
+    r"(.*/)?(word|word_embeddings|token|token_embed\w*|tok_embeddings|embed_tokens|embed|embedder|wte|shared)"
+    r"/(embedding|input_embedding)"
+)
 HEAD = r"(.*/)?(lm_head|head|classifier|classification_head|logits|output_layer|score)/kernel"
 
 
@@ -46,6 +50,7 @@ class Call:
     features_in: int  # the size of the last axis of its first argument
     features_out: int  # and of its (first) result
     stack: tuple[int, ...] | None  # the sizes of the first axes, over which it is stacked; `None`: of others
+    shape: tuple[int, ...] = ()  # of its first argument
 
 
 class Sites(dict[str, Site]):
@@ -143,7 +148,7 @@ def kernels(params: Any, targets: Targets | None, sites: Sites | None) -> dict[s
         found = {n: None for n in leaves if n.rpartition("/")[2] == "kernel" and not re.fullmatch(HEAD, n)}
     if not found:
         raise no_match([r"(.*/)?kernel"], list(leaves))
-    shapes = {n: jax.eval_shape(value, leaves[n]).shape for n in found}
+    shapes = {n: whole(leaves[n]).shape for n in found}
     axes = {n: given or (sites[n].axes if sites and n in sites else None) for n, given in found.items()}
     axes = {n: given or ("io" if len(shapes[n]) == 2 else None) for n, given in axes.items()}
     unsettled = {n: shapes[n] for n, given in axes.items() if given is None}

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 
 from ._kernel import STACK, fold, stacked
-from ._node import Additive, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value
-from ._shared import SHARED, resolve
+from ._lazy import Lazy, read
+from ._merge import beside, folded_in
+from ._node import Additive, Affine, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value
+from ._shared import SHARED, resolve, unshare
 from ._targets import Call, Option, Sites, Targets, kernels, name_of, named_leaves, options, select
 
 
@@ -40,16 +42,23 @@ def transform(fn: Callable) -> Callable:
 def chain(*transforms: Callable) -> Callable:
     """One transform that applies `transforms` in order, each with a key of its own.
 
-    `chain(jpeft.nf4(), jpeft.lora(rank=8))(params, key=key)`; `key` is `jax.random.key(0)` if left out.
+    `chain(jpeft.nf4(), jpeft.lora(rank=8))(params, key=key)`; `key` is `jax.random.key(0)` if left out. `sites` is for
+    those of them that take sites and were given none.
     """
 
-    def chained(params: Params, *, key: jax.Array | None = None) -> Params:
+    def chained(params: Params, *, sites: Sites | None = None, key: jax.Array | None = None) -> Params:
         keys = jax.random.split(default(key), max(len(transforms), 1))
         for fn, k in zip(transforms, keys, strict=False):
-            params = fn(params, key=k)
+            params = fn(params, key=k, **with_sites(fn, sites))
         return params
 
     return chained
+
+
+def with_sites(fn: Callable, sites: Sites | None) -> dict[str, Sites]:
+    """`sites`, as an argument of a transform that takes them and was given none."""
+    option = inspect.signature(fn).parameters.get("sites")
+    return {} if sites is None or option is None or option.default is not None else {"sites": sites}
 
 
 def default(key: jax.Array | None) -> jax.Array:
@@ -87,11 +96,15 @@ def wrap(
     shared = shared_arrays(params)
 
     def one(name, leaf):
-        how = tuple(sorted(chosen[name].items()))
-        node = _new(keys[name], resolve(leaf, shared), new=new, axes=axes[name], chosen=how)
+        how = {"new": new, "axes": axes[name], "chosen": tuple(sorted(chosen[name].items()))}
+        if isinstance(leaf, Lazy):
+            if (node := _new_of_parts(keys[name], leaf, **how)) is not None:
+                return node
+            leaf = leaf.read()
+        node = _new(keys[name], resolve(leaf, shared), **how)
         return node.replace(base=leaf) if isinstance(node, Reparam) and node.base is None else node
 
-    return put(params, {name: functools.partial(one, name) for name in axes}, over_nodes=over_nodes)
+    return _replaced(params, {name: functools.partial(one, name) for name in axes}, over_nodes)
 
 
 def put(params: Params, new: Mapping[str, Callable[[Any], Node]], *, over_nodes: bool = False) -> Params:
@@ -99,6 +112,10 @@ def put(params: Params, new: Mapping[str, Callable[[Any], Node]], *, over_nodes:
 
     **Raises** `ValueError`, with every path, for parameters that nodes have taken the place of, unless `over_nodes`.
     """
+    return _replaced(params, {name: lambda x, fn=fn: fn(read(x)) for name, fn in new.items()}, over_nodes)
+
+
+def _replaced(params: Params, new: Mapping[str, Callable[[Any], Node]], over_nodes: bool) -> Params:
     leaves = named_leaves(params)
     held = [f"  {name}: {type(leaves[name]).__name__}" for name in new if isinstance(leaves[name], Node)]
     if held and not over_nodes:
@@ -121,6 +138,19 @@ def _new(key: jax.Array, leaf: Any, *, new: Callable, axes: str, chosen: tuple[t
         key = jax.vmap(split)(key) if key.ndim else split(key)
     node = stacked(lambda k, w: new(k, w, **dict(chosen)), axes.count(STACK))(key, fold(w, axes))
     return node.replace(axes=axes).settle(w)
+
+
+def _new_of_parts(key: jax.Array, leaf: Lazy, *, axes: str, **how: Any) -> Node | None:
+    """`_new` of a parameter that is read part by part; `None` where the node needs the whole."""
+    whole = jax.eval_shape(functools.partial(_new, axes=axes, **how), key, leaf)
+    if isinstance(whole, Reparam) or set(axes[: leaf.depth]) - {STACK}:
+        return None
+
+    def one(index, w):
+        k = functools.reduce(lambda k, at: jax.random.split(k, at[0])[at[1]], zip(leaf.shape, index, strict=False), key)
+        return _new(k, w, axes=axes[leaf.depth :], **how)
+
+    return jax.tree.unflatten(jax.tree.structure(whole), jax.tree.leaves(leaf.map(one)))
 
 
 def shared_arrays(params: Params) -> dict[str, jax.Array]:
@@ -161,11 +191,17 @@ def combine(*trees: Params) -> Params:
     return jax.tree.map(lambda *xs: next((x for x in xs if x is not None), None), *trees, is_leaf=lambda x: x is None)
 
 
-def _plain(params: Params, one: Callable[[Any], Any]) -> Params:
-    """The tree with `one(x)` in place of every parameter, and without what stands beside parameters."""
+def _plain(params: Params, one: Callable, absorb: Callable = lambda _, __, own: own, path: str = "") -> Params:
+    """The tree with `one(x)` in place of every parameter, and without what stands beside parameters.
+
+    `absorb(path, module, own)` may change what has become of a module's `own` parameters.
+    """
     if not isinstance(params, Mapping):
         return jax.tree.map(one, params, is_leaf=is_param)
-    return {k: _plain(x, one) for k, x in params.items() if k != SHARED and not isinstance(x, Additive)}
+    kept = {k: x for k, x in params.items() if k != SHARED and not isinstance(x, Additive)}
+    made = {k: _plain(x, one, absorb, f"{path}{k}/") for k, x in kept.items()}
+    emptied = [k for k, x in made.items() if isinstance(x, Mapping) and not x and kept[k]]  # it has no parameters
+    return absorb(path, params, {k: x for k, x in made.items() if k not in emptied})
 
 
 def merge(params: Params) -> Params:
@@ -173,20 +209,29 @@ def merge(params: Params) -> Params:
 
     The sum is formed in float32 at least and cast last to the parameter's dtype.
 
-    **Raises** `ValueError`, with every path, for nodes that act on activations: those are no function of the weights.
+    An `Affine` beside a module becomes a part of the module's kernel and bias.
+
+    **Raises** `ValueError`, with every path, for nodes that act on activations: those are no function of the weights;
+    and for modules that cannot take in what stands beside them, such as a bias where there is none.
     """
-    stuck = [
-        f"  {name_of(path)}: {type(x).__name__}"
-        for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
-        if isinstance(x, Additive)
-    ]
+    shared, stuck = shared_arrays(params), []
+    own_arrays = lambda node: unshare(resolve(node, shared))
+
+    def check(path, module, own):
+        for name, node in beside(module):
+            try:
+                jax.eval_shape(folded_in, own_arrays(node), own)
+            except ValueError as e:
+                stuck.append(f"  {path}{name}: {type(node).__name__}, {e}")
+        return own
+
+    def absorb(path, module, own):
+        return functools.reduce(lambda own, found: folded_in(own_arrays(found[1]), own), beside(module), own)
+
+    _plain(params, lambda x: resolve(x, shared), check)  # before anything is computed
     if stuck:
-        raise ValueError(
-            "These act on activations: they are no function of the weights, and cannot be merged. Go on calling the "
-            "model through `jpeft.apply`.\n" + "\n".join(stuck)
-        )
-    shared = shared_arrays(params)
-    return _plain(params, lambda x: rebox(x, value(resolve(x, shared))) if isinstance(x, Leaf) else x)
+        raise ValueError("These cannot be merged: go on calling the model through `jpeft.apply`.\n" + "\n".join(stuck))
+    return _plain(params, lambda x: rebox(x, value(resolve(x, shared))) if isinstance(x, Leaf) else x, absorb)
 
 
 def strip(params: Params) -> Params:
@@ -240,7 +285,8 @@ def attach(
     for path, k in zip(found, jax.random.split(default(key), len(found)), strict=True):
         call = calls[path]
         make = stacked(lambda k, c=call, o=chosen[path]: new(k, c.features_in, c.features_out, **o), len(call.stack))
-        at[path] = make(jax.random.split(k, call.stack) if call.stack else k)
+        node = make(jax.random.split(k, call.stack) if call.stack else k)
+        at[path] = node.replace(axes=_axes(path, sites)) if isinstance(node, Affine) else node
     return place(params, at, name)
 
 
@@ -260,13 +306,21 @@ def _features(own: dict[str, Any], path: str, sites: Sites | None) -> Call | Non
     return Call(*shape, ()) if len(shape) == 2 else None
 
 
+def _axes(path: str, sites: Sites | None) -> str:
+    """The letters of the axes of a module's kernel; none where `sites` has not found them out."""
+    site = None if sites is None else sites.get(f"{path}/kernel".lstrip("/"))
+    return "io" if site is None else site.axes or ""
+
+
 def place(params: Params, at: dict[str, Node], name: str) -> Params:
-    """The tree with a node beside the parameters of every module whose path `at` holds."""
+    """The tree with a node beside the parameters of every module whose path `at` holds; it may have had none."""
 
     def walk(tree, path):
         if not isinstance(tree, Mapping):
             return tree
-        here = {k: walk(x, f"{path}/{k}" if path else k) for k, x in tree.items()}
+        inside = f"{path}/" if path else ""
+        below = {p.removeprefix(inside).partition("/")[0] for p in at if p != path and p.startswith(inside)}
+        here = {k: walk(tree.get(k, {}), inside + k) for k in (*tree, *sorted(below - tree.keys()))}
         if path in at:
             taken = sum(isinstance(x, Additive) for x in here.values())  # a number that tells the order of all of them
             here[f"{name}_{taken}" if taken else name] = at[path]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ._layout import UNKNOWN, Layout
 from ._node import Leaf, Matrix, Reparam, cast, take, value
+from ._shared import unshare
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +47,10 @@ class View:
     def adapter(self) -> Reparam:
         """The node without its base, in the dtype of the computation."""
         return cast(self.node.replace(base=None), self.dtype)
+
+    def branch(self, x: Any, key: jax.Array | None) -> Any:
+        """What the node adds to a product with the operand `x`."""
+        return unshare(self.adapter).branch(x, key)
 
     def value(self) -> jax.Array:
         """The array that the view is of."""

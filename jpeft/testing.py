@@ -27,9 +27,10 @@ import optax
 from ._apply import apply, coverage, sites
 from ._checkpoint import restore, save
 from ._kernel import fold
-from ._node import Additive, Branch, Leaf, cast, is_node, value
+from ._node import Additive, Amplified, Branch, Leaf, cast, is_node, value
+from ._shared import resolve
 from ._targets import Sites
-from ._tree import Params, combine, labels, merge, partition, strip
+from ._tree import Params, combine, labels, merge, partition, shared_arrays, strip
 from .models import Decoder, DecoderConfig, Encoder, EncoderConfig
 from .quantized._int8 import int8
 from .quantized._nf4 import nf4
@@ -152,14 +153,21 @@ def acts(method: Method, subject: Subject) -> None:
 
 
 def branches(method: Method, subject: Subject) -> None:
-    """`branch(x) == x @ (weight(w) - w)` for random `x` and `w`, and it is linear in `x`."""
+    """`branch(x) == x @ (weight(w) - w)` for random `x` and `w`, and it is linear in `x`.
+
+    Of an `Amplified` node it is `x @ (weight(w) / gain(w) - w)`.
+    """
     _, tuned = _tuned(method, subject)
-    for node in (x for x in jax.tree.leaves(tuned, is_leaf=is_node) if isinstance(x, Branch)):
+    tuned = resolve(tuned, shared_arrays(tuned))
+    for node in (x for x in jax.tree.leaves(tuned, is_leaf=is_node) if isinstance(x, Branch | Amplified)):
         w = jax.random.normal(jax.random.key(5), fold(value(node.base), node.axes).shape)
         x = jax.random.normal(jax.random.key(6), (*w.shape[:-2], 5, w.shape[-2]))
         alone = node.replace(base=None)
         y = alone.each(lambda n, x: n.branch(x, None), x)
-        change = alone.each(lambda n, w: n.weight(w), w) - w
+        made = alone.each(lambda n, w: n.weight(w), w)
+        if isinstance(node, Amplified):
+            made = made / alone.each(lambda n, w: n.gain(w), w)[..., None, :]
+        change = made - w
         _close(y, jnp.einsum("...ni,...io->...no", x, change), "branch is not weight")
         _close(alone.each(lambda n, x: n.branch(2 * x, None), x), 2 * y, "branch is not linear")
 

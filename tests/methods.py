@@ -8,6 +8,7 @@ from jpeft.testing import LAYERS, Method
 
 STARTS_ELSEWHERE = "the model runs on more positions, and attends to the prompt from the first step on"
 ROUNDED = "rounded kernels do not train: it refuses them"
+AFFINE = {"unboxes": "it stands beside the kernel, which is unboxed as it is"}
 NO_WEIGHTS = dict.fromkeys(("merges", "unboxes"), "it acts on activations, and is no function of the weights")
 
 
@@ -21,6 +22,40 @@ def _kernels(sites):
 
 def _low_rank(rank):
     return lambda params, sites: sum(s * rank * (i + o) for s, i, o in _kernels(sites))
+
+
+def _dora(rank):
+    return lambda params, sites: sum(s * (rank * (i + o) + o) for s, i, o in _kernels(sites))
+
+
+def _adalora(rank):
+    return lambda params, sites: sum(s * rank * (i + 1 + o) for s, i, o in _kernels(sites))
+
+
+def _vera(rank):
+    return lambda params, sites: sum(s * (rank + o) for s, i, o in _kernels(sites))
+
+
+def _loha(rank):
+    return lambda params, sites: sum(s * 2 * rank * (i + o) for s, i, o in _kernels(sites))
+
+
+def _lokr(rank):
+    """W1 is an array, and so is W2 where its larger side is twice the rank at most."""
+    first = {8: 2, 16: 4, 32: 4}
+    second = lambda i, o: rank * (i + o) if max(i, o) > 2 * rank else i * o
+    return lambda params, sites: sum(
+        s * (first[i] * first[o] + second(i // first[i], o // first[o])) for s, i, o in _kernels(sites)
+    )
+
+
+def _lokr_both(factor):
+    """Both matrices are two factors of rank one."""
+    return lambda params, sites: sum(s * (2 * factor + (i + o) // factor) for s, i, o in _kernels(sites))
+
+
+def _inputs(count):
+    return lambda params, sites: sum(s * count(i) for s, i, o in _kernels(sites))
 
 
 def _sizes(*endings):
@@ -42,6 +77,80 @@ METHODS = [
         "rslora",
         lambda p, s, key: jpeft.lora(p, rank=4, alpha=4, rslora=True, init="gaussian", sites=s, key=key),
         _low_rank(4),
+    ),
+    Method(
+        "dora",
+        lambda p, s, key: jpeft.dora(p, rank=3, alpha=6, sites=s, key=key),
+        _dora(3),
+        exceptions={"trains": "its norms are constants to gradients, which so are no slopes"},
+    ),
+    Method("pissa", lambda p, s, key: jpeft.pissa(p, rank=3, alpha=6, sites=s, key=key), _low_rank(3)),
+    Method("olora", lambda p, s, key: jpeft.olora(p, rank=3, sites=s, key=key), _low_rank(3)),
+    Method("adalora", lambda p, s, key: jpeft.adalora(p, rank=3, alpha=60, sites=s, key=key), _adalora(3)),
+    Method(
+        "vera",
+        lambda p, s, key: jpeft.vera(p, rank=5, sites=s, key=key),
+        _vera(5),
+        exceptions={"unboxes": "what all kernels share is in the tree, and not in the one parameter that is unboxed"},
+    ),
+    Method("hira", lambda p, s, key: jpeft.hira(p, rank=3, sites=s, key=key), _low_rank(3)),
+    Method("loha", lambda p, s, key: jpeft.loha(p, rank=3, alpha=6, sites=s, key=key), _loha(3)),
+    Method("lokr", lambda p, s, key: jpeft.lokr(p, rank=3, alpha=6, sites=s, key=key), _lokr(3)),
+    Method(
+        "lokr_both",
+        lambda p, s, key: jpeft.lokr(
+            p, rank=1, decompose_both=True, decompose_factor=4, init="lycoris", sites=s, key=key
+        ),
+        _lokr_both(4),
+    ),
+    Method("oft", lambda p, s, key: jpeft.oft(p, block=8, sites=s, key=key), _inputs(lambda i: i // 8 * 28)),
+    Method(
+        "oft_exact",
+        lambda p, s, key: jpeft.oft(p, block=4, share=True, cayley="exact", sites=s, key=key),
+        _inputs(lambda i: 6),
+    ),
+    Method(
+        "boft",
+        lambda p, s, key: jpeft.boft(p, block=4, factors=3, sites=s, key=key),
+        lambda params, sites: sum(s * (3 * i * 4 + o) for s, i, o in _kernels(sites)),
+    ),
+    Method("hra", lambda p, s, key: jpeft.hra(p, rank=4, sites=s, key=key), _inputs(lambda i: 4 * i)),
+    Method(
+        "hra_orthogonal",
+        lambda p, s, key: jpeft.hra(p, rank=3, orthogonal=True, sites=s, key=key),
+        _inputs(lambda i: 3 * i),
+        exceptions={"identity": "orthogonal reflections are never the identity"},
+    ),
+    Method(
+        "miss",
+        lambda p, s, key: jpeft.miss(p, rank=5, sites=s, key=key),
+        lambda params, sites: sum(s * 5 * o for s, i, o in _kernels(sites)),
+    ),
+    Method("miss_mini", lambda p, s, key: jpeft.miss(p, rank=4, width=2, sites=s, key=key), _inputs(lambda i: 8)),
+    Method(
+        "tokens",
+        lambda p, s, key: jpeft.tokens(p, ids=range(0, 32, 2), sites=s, key=key),
+        lambda params, sites: 16 * 16,
+    ),
+    Method(
+        "ia3",
+        lambda p, s, key: jpeft.ia3(p, sites=s, key=key),
+        lambda params, sites: LAYERS * (8 + 8 + 32),
+        exceptions=AFFINE,
+    ),
+    Method(
+        "ia3_encoder",
+        lambda p, s, key: jpeft.ia3(p, sites=s, key=key),
+        lambda params, sites: LAYERS * (16 + 16 + 32),
+        model="encoder",
+        exceptions=AFFINE,
+    ),
+    Method(
+        "beft",
+        lambda p, s, key: jpeft.beft(p, scale=2.0, sites=s, key=key),
+        lambda params, sites: LAYERS * 16,
+        model="encoder",
+        exceptions=AFFINE,
     ),
     Method(
         "bitfit",
@@ -83,6 +192,37 @@ METHODS = [
         lambda p, s, key: jpeft.bottleneck(p, width=3, placement="parallel", sites=s, key=key),
         _bottleneck(3, [(16, 16)]),
         exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "prefix",
+        lambda p, s, key: jpeft.prefix(p, length=3, sites=s, key=key),
+        lambda params, sites: LAYERS * 2 * 3 * 8,
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "prefix_encoder",
+        lambda p, s, key: jpeft.prefix(p, length=3, init="zeros", sites=s, key=key),
+        lambda params, sites: LAYERS * 2 * 3 * 16,
+        model="encoder",
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "ptuning_mlp",
+        lambda p, s, key: jpeft.ptuning(p, length=4, width=5, key=key),
+        lambda params, sites: 4 * 16 + 16 * 5 + 5 + 5 * 5 + 5 + 5 * 16 + 16,
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "ptuning_lstm",
+        lambda p, s, key: jpeft.ptuning(p, length=4, width=5, encoder="lstm", layers=1, key=key),
+        lambda params, sites: 4 * 16 + 2 * (16 + 5 + 1) * 4 * 5 + 10 * 10 + 10 + 10 * 16 + 16,
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "mpt",
+        lambda p, s, key: jpeft.mpt(p, length=4, rank=2, key=key),
+        lambda params, sites: 4 * 16 + 2 * (4 + 16),
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
     ),
     Method(
         "prompt",

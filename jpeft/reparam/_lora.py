@@ -1,12 +1,12 @@
 """LoRA: low-rank adaptation."""
 
 import jax
-import jax.numpy as jnp
 
 from .._node import Branch, Static, Trainable
 from .._operands import dropout as drop
 from .._targets import Option, Sites, Targets
 from .._tree import Params, transform, wrap
+from ._factors import check, factors, scale_of
 
 
 class LoRA(Branch):
@@ -25,26 +25,6 @@ class LoRA(Branch):
 
     def branch(self, x, key):
         return self.scale * (drop(x, self.dropout, key) @ self.a) @ self.b
-
-
-def _uniform(key, d_in, rank, d_out):
-    bound = d_in**-0.5  # torch's kaiming_uniform_(a=sqrt(5))
-    return jax.random.uniform(key, (d_in, rank), minval=-bound, maxval=bound), jnp.zeros((rank, d_out))
-
-
-def _gaussian(key, d_in, rank, d_out):
-    return jax.random.normal(key, (d_in, rank)) / rank, jnp.zeros((rank, d_out))
-
-
-def _orthogonal(key, d_in, rank, d_out):
-    return jax.nn.initializers.orthogonal()(key, (d_in, rank)), jnp.zeros((rank, d_out))
-
-
-def _embedding(key, d_in, rank, d_out):
-    return jnp.zeros((d_in, rank)), jax.random.normal(key, (rank, d_out))
-
-
-INITS = {"uniform": _uniform, "gaussian": _gaussian, "orthogonal": _orthogonal, "embedding": _embedding}
 
 
 @transform
@@ -80,15 +60,9 @@ def lora(
     """
 
     def new(key, w, *, rank, alpha, dropout, init):
-        if rank < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {rank=} and {dropout=}.")
-        make = INITS.get(init, init)
-        if not callable(make):
-            known = f"one of {', '.join(INITS)}, or a function (key, in, rank, out) -> (A, B)"
-            raise ValueError(f"`init` is {init!r}: {known}.")
-        a, b = make(key, w.shape[0], rank, w.shape[1])
-        scale = 1.0 if alpha is None else alpha / (rank**0.5 if rslora else rank)
-        return LoRA(a=a, b=b, scale=scale, dropout=dropout)
+        check(rank, dropout)
+        a, b = factors(key, w, rank, init)
+        return LoRA(a=a, b=b, scale=scale_of(alpha, rank, rslora), dropout=dropout)
 
     how = {"rank": rank, "alpha": alpha, "dropout": dropout, "init": init}
     return wrap(params, new, targets=targets, sites=sites, key=key, **how)

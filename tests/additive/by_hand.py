@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 import jpeft
-from jpeft.models._decoder import _angles
-from jpeft.models._layers import attend, rotate
+from jpeft.models._layers import attend
+from jpeft.models._rotary import rotate, rotation
 
 
 def dense(params, x):
@@ -66,7 +66,7 @@ def encoder(config, params, ids, mask, around):
 
 def decoder(config, params, ids, mask, around):
     seen = jnp.tril(jnp.ones((1, 1, ids.shape[1], ids.shape[1]), bool)) & mask[:, None, None].astype(bool)
-    angles = _angles(config, jnp.arange(ids.shape[1])[None])
+    angles = rotation(jnp.arange(ids.shape[1])[None], config.rope_theta, config.width)
     x = layers(config, params, params["embed"]["embedding"][ids], seen, angles, around)
     return dense(params["lm_head"], norm(params["norm"], x, config.rms_norm_eps))
 

@@ -1,0 +1,131 @@
+"""Room for a prompt: more positions in all that a model takes, and not in what it returns."""
+
+import contextlib
+import contextvars
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._node import Additive, Static, value
+
+
+class Opened(NamedTuple):
+    """What the prompts inside a `Room` have to know."""
+
+    length: int  # how many positions there are before the tokens; none where a cache has the prompts
+    ids: Any = None  # the token ids, with those positions
+    decodes: bool = False  # whether a decoder's ids may go through the same embedding
+    tasks: Any = None  # (batch,) of every example
+
+    def is_before(self, ids: jax.Array) -> bool:
+        """Whether prompts belong before the embeddings of these ids."""
+        return self.length > 0 and (ids is self.ids or not self.decodes)
+
+
+_opened: contextvars.ContextVar[Opened | None] = contextvars.ContextVar("opened", default=None)
+opened = _opened.get
+
+
+@contextlib.contextmanager
+def _open(room: Opened) -> Iterator[None]:
+    token = _opened.set(room)
+    try:
+        yield
+    finally:
+        _opened.reset(token)
+
+
+class Room(Additive):
+    """`length` positions before those of the tokens, in all that a model takes, and not in what it returns.
+
+    Masks let them be attended to, position ids move up by `length`, type ids repeat the first token's, all segments see
+    them, and a cache gets slots for them. Of results, those that have the sequence as the second of three axes or more
+    are cut back to the tokens, and with labels those of two axes, too: losses. Caches are not cut.
+
+    A cache that has been filled has the prompt: later calls pass, their position ids moved up. Where there is a
+    decoder, what is its own is left as it is: the prompt is the encoder's.
+    """
+
+    length: Static[int]
+    limit: Static[int | None] = None  # the most positions that the model has embeddings for
+    tasks: Static[bool] = False  # whether the model is called with `task_ids` (batch,) for the prompts
+
+    def around(self, call, key, *args, **kwargs):
+        outer = opened() or Opened(0)
+        tasks = kwargs.pop("task_ids", None) if self.tasks else outer.tasks
+        given = inspect.signature(call).bind(*args, **kwargs)
+        cache = given.arguments.get("cache")
+        if cache is not None and cache.filled:
+            if given.arguments.get("position_ids") is not None:
+                given.arguments["position_ids"] += self.length
+            with _open(Opened(0)):
+                return call(*given.args, **given.kwargs)
+        decodes = any(name.startswith("decoder_") for name in given.signature.parameters)
+        theirs = [name for name in given.arguments if decodes and re.match("decoder_|labels|cache", name)]
+        ids, total = self._widen(given.arguments, theirs)
+        room = Opened(outer.length + self.length, given.arguments[ids], decodes, tasks)
+        with _open(room):
+            y = call(*given.args, **given.kwargs)
+        if decodes:
+            return y
+        least = 2 if given.arguments.get("labels") is not None else 3
+        is_cache = lambda x: cache is not None and isinstance(x, type(cache))
+        fits = lambda x: not is_cache(x) and getattr(x, "ndim", 0) >= least and x.shape[1] == total
+        return jax.tree.map(lambda x: x[:, self.length :] if fits(x) else x, y, is_leaf=is_cache)
+
+    def _widen(self, arguments: dict[str, Any], theirs: list[str]) -> tuple[str, int]:
+        """Widen all `arguments` but `theirs`; return the name of the token ids, and how many there are then."""
+        arrays = {n: x for n, x in arguments.items() if hasattr(x, "dtype") and hasattr(x, "ndim") and n not in theirs}
+        ids = next((n for n, x in arrays.items() if x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.integer)), None)
+        if ids is None:
+            raise ValueError("A prompt stands before token ids (batch, sequence), and this model is called with none.")
+        tokens = arrays[ids].shape[1]
+        check_limit(tokens, self.length, self.limit)
+        arguments |= {name: _widened(name, x, tokens, self.length) for name, x in arrays.items()}
+        if "cache" in arguments and "cache" not in theirs and arguments["cache"] is not None:
+            arguments["cache"] = arguments["cache"].grow(self.length)
+        return ids, tokens + self.length
+
+
+def _widened(name: str, x: jax.Array, tokens: int, length: int) -> jax.Array:
+    """An argument with `length` places before those of the tokens on each axis of theirs."""
+    before = lambda axis: [(length if n == axis else 0, 0) for n in range(x.ndim)]
+    if "mask" in name:
+        attend = 0 if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 2 else 1  # added to scores, or multiplied
+        if x.ndim > 2 and x.shape[-2] == tokens:  # the prompt sees the prompt alone
+            hidden = jnp.finfo(x.dtype).min if attend == 0 else 0
+            x = jnp.pad(x, before(x.ndim - 2), constant_values=hidden)
+        return jnp.pad(x, before(x.ndim - 1), constant_values=attend) if x.shape[-1] == tokens else x
+    if x.ndim != 2 or x.shape[1] != tokens:
+        if tokens in x.shape[1:]:
+            raise ValueError(f"A prompt has no room in the argument {name!r} of shape {x.shape}: no mask and no ids.")
+        return x
+    if "position" in name:
+        front = jnp.broadcast_to(jnp.arange(length, dtype=x.dtype)[None], (x.shape[0], length))
+        return jnp.concatenate([front, x + length], axis=1)
+    if name in FRONT:
+        return jnp.pad(x, before(1), constant_values=FRONT[name])
+    return jnp.pad(x, before(1), mode="edge")
+
+
+FRONT = {"labels": -100, "segment_ids": -1}  # not predicted; of no segment, but seen by all
+
+
+def positions(leaves: Mapping[str, Any]) -> dict[str, int]:
+    """The tables of positions among parameters, by name, and how many positions they have."""
+    tables = [n for n in leaves if re.search("position|wpe", n) and "relative" not in n]
+    shapes = {n: jax.eval_shape(value, leaves[n]).shape for n in tables}
+    return {n: shape[0] for n, shape in shapes.items() if len(shape) == 2}
+
+
+def check_limit(tokens: int, length: int, limit: int | None) -> None:
+    """**Raises** `ValueError` where a model has not as many positions as a prompt and the tokens."""
+    if limit is not None and tokens + length > limit:
+        raise ValueError(
+            f"{tokens} tokens and a prompt of {length} are {tokens + length} positions: the model has {limit}. "
+            "Shorten the sequences or the prompt."
+        )
