@@ -4,16 +4,22 @@ One table serves checkpoints and adapters, in and out. Layers are numbered `{i}`
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
 # The axes of our arrays, in this order: experts, height, width, inputs, outputs. Torch has them in another.
 CANONICAL = "ehwio"
+
+NO_HEAD = r"(?!)"  # matches nothing
+TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +34,14 @@ class Row:
     - `letters`: of the axes of a tensor: `"oi"` for torch's `Linear`, `"io"` for GPT-2's `Conv1D`, `"oihw"` for a
       convolution, `""` for what lies as ours does.
     - `module`: the parameter in transformers' own modules, by which adapters name it; left out, that of the file.
+    - `sizes`: of the outputs of each of several files; left out, they are equal.
     """
 
     ours: str
     files: tuple[str, ...]
     letters: str = ""
     module: str = ""
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.module:
@@ -54,6 +62,10 @@ class Architecture:
     - `prefix`: what a checkpoint of a bare model leaves out before its tensors' names, `"model."` or `"bert."`.
     - `ignored`: a pattern of tensors in files that hold nothing to load: buffers.
     - `aliases`: names of old files -> today's, patterns and replacements for `re.sub`.
+    - `tied`: tensors that a file may hold twice -> the name that a row has for them: `"lm_head.weight"` of a model
+      without a head of its own. Where a model has a row for the first, too, it is a tensor like others.
+    - `head`: a pattern of our parameters that a task adds: only these may a file lack, if the caller names a task.
+    - `inputs`: what the model is called with, by name, to find out its parameters.
     """
 
     build: Callable[..., nn.Module]
@@ -62,6 +74,9 @@ class Architecture:
     prefix: str = ""
     ignored: str = r"(?!)"
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    head: str = NO_HEAD
+    inputs: Callable[[nn.Module], dict[str, jax.ShapeDtypeStruct]] = lambda model: {"input_ids": TOKENS}
 
 
 def linear(ours: str, *theirs: str, letters: str = "oi", module: str = "") -> tuple[Row, Row]:
@@ -116,3 +131,37 @@ def places(rows: Iterable[Row], paths: Iterable[str]) -> dict[str, Place]:
                 found[path] = Place(row, None if i is None else int(i), layered and i is None)
                 break
     return found
+
+
+Index = tuple[int, ...]
+
+
+def parts(place: Place, shape: tuple[int, ...]) -> dict[Index, dict[str, slice]]:
+    """What a parameter of `shape` consists of: for every index of its stacked axes (layers, then experts), the tensors
+    by name, each with the outputs that it has there.
+
+    **Raises** `ValueError` for sizes that do not make up the outputs.
+    """
+    row, each = place.row, "{e}" in place.row.files[0]
+    layers = range(shape[0]) if place.stacked else [place.layer]
+    experts = range(shape[place.stacked]) if each else [None]
+    found = {}
+    for i, e in itertools.product(layers, experts):
+        index = tuple(n for n, many in ((i, place.stacked), (e, each)) if many)
+        names = [name.replace("{i}", str(i)).replace("{e}", str(e)) for name in row.files]
+        found[index] = dict(zip(names, _slices(row, shape), strict=True))
+    return found
+
+
+def outputs(x: np.ndarray, at: slice) -> np.ndarray:
+    """The outputs `at` of an array: a view of it, to read or to fill."""
+    return x[..., at] if x.ndim else x
+
+
+def _slices(row: Row, shape: tuple[int, ...]) -> list[slice]:
+    if len(row.files) == 1:
+        return [slice(None)]
+    sizes = row.sizes or (shape[-1] // len(row.files),) * len(row.files)
+    if sum(sizes) != shape[-1]:
+        raise ValueError(f"{row.ours} has {shape[-1]} outputs, {' + '.join(row.files)} have {sizes}.")
+    return [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpeft.models import Classifier, Encoder, EncoderConfig, load, minilm_directory, stack_layers
+from jpeft import hf
+from jpeft.models import Classifier, Embedder, Encoder, EncoderConfig, minilm_directory, stack_layers
 
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "minilm" / "encoder.npz"
@@ -26,7 +27,7 @@ TINY = EncoderConfig(
 @pytest.fixture(scope="module")
 def minilm():
     try:
-        return load(minilm_directory(), pooler=True)
+        return hf.load(minilm_directory())
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
 
@@ -61,32 +62,48 @@ def value_and_gradient(*args, **options):
     return jax.jit(jax.value_and_grad(partial(loss, **options)))(*args)
 
 
+def encoder_of(minilm):
+    """The config, and the parameters without the pooler's."""
+    model, params, _ = minilm
+    return model.config, {name: x for name, x in params.items() if name != "pooler"}
+
+
 def test_parity_with_transformers(minilm, expected):
-    config, params, _ = minilm
-    y = jax.jit(Encoder(config).apply)({"params": params["encoder"]}, *inputs(expected))
+    model, params, _ = minilm
+    y = jax.jit(model.apply)({"params": params}, *inputs(expected))
     kept = expected["attention_mask"].astype(bool)  # what stands at padding is nobody's, and rounds more coarsely
-    np.testing.assert_allclose(y[kept], expected["last_hidden_state"][kept], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(y.last_hidden_state[kept], expected["last_hidden_state"][kept], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(y.pooler_output, expected["pooler_output"], atol=1e-5, rtol=0)
 
 
 def test_cls_pooling_is_the_pooler_of_transformers(minilm, expected):
-    config, params, _ = minilm
+    config, encoder = encoder_of(minilm)
     d = config.hidden_size
-    head = {"kernel": jnp.eye(d), "bias": jnp.zeros(d)}
-    model = Classifier(config, d, "cls")
-    logits = jax.jit(model.apply)({"params": params | {"head": head}}, *inputs(expected))
+    params = {"encoder": encoder, "pooler": minilm[1]["pooler"], "head": {"kernel": jnp.eye(d), "bias": jnp.zeros(d)}}
+    logits = jax.jit(Classifier(config, d, "cls").apply)({"params": params}, *inputs(expected))
     np.testing.assert_allclose(logits, expected["pooler_output"], atol=1e-5, rtol=0)
 
 
-def test_mean_pooling_takes_the_unmasked_tokens(minilm, expected):
-    config, params, _ = minilm
-    d = config.hidden_size
-    head = {"kernel": 2 * jnp.eye(d), "bias": jnp.ones(d)}
-    logits = jax.jit(Classifier(config, d, "mean", scan=True).apply)(
-        {"params": {"encoder": stack_layers(params["encoder"]), "head": head}}, *inputs(expected)
-    )
+def means(expected):
     lengths = expected["attention_mask"].sum(axis=1)
-    means = [x[:length].mean(axis=0) for x, length in zip(expected["last_hidden_state"], lengths, strict=True)]
-    np.testing.assert_allclose(logits, 2 * np.stack(means) + 1, atol=2e-5, rtol=0)
+    return np.stack([x[:n].mean(axis=0) for x, n in zip(expected["last_hidden_state"], lengths, strict=True)])
+
+
+def test_mean_pooling_takes_the_unmasked_tokens(minilm, expected):
+    config, encoder = encoder_of(minilm)
+    d = config.hidden_size
+    params = {"encoder": stack_layers(encoder), "head": {"kernel": 2 * jnp.eye(d), "bias": jnp.ones(d)}}
+    logits = jax.jit(Classifier(config, d, "mean", scan=True).apply)({"params": params}, *inputs(expected))
+    np.testing.assert_allclose(logits, 2 * means(expected) + 1, atol=2e-5, rtol=0)
+
+
+def test_embeddings_are_those_of_sentence_transformers(minilm, expected):
+    config, encoder = encoder_of(minilm)
+    embed = lambda *args, **options: Embedder(config, **options).apply({"params": {"encoder": encoder}}, *args)
+    y = embed(*inputs(expected), normalize=True)
+    np.testing.assert_allclose(y, means(expected) / np.linalg.norm(means(expected), axis=1)[:, None], atol=1e-5)
+    first = embed(*inputs(expected), pooling="cls")
+    np.testing.assert_allclose(first, expected["last_hidden_state"][:, 0], atol=1e-5)
 
 
 def test_tokenizer_makes_the_ids_of_transformers(minilm, expected):
@@ -130,10 +147,12 @@ def test_padding_leaves_real_tokens_alone(tiny):
 
 def test_a_row_of_padding_is_finite(tiny):
     ids, _, params = tiny
-    params = {"encoder": params, "head": {"kernel": jnp.ones((16, 2)), "bias": jnp.zeros(2)}}
-    model, mask = Classifier(TINY, 2), jnp.array([[1] * 8, [0] * 8])
-    gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.apply({"params": params}, ids, mask))))(params)
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    head, mask = {"kernel": jnp.ones((16, 2)), "bias": jnp.zeros(2)}, jnp.array([[1] * 8, [0] * 8])
+    one_layer = dataclasses.replace(TINY, num_hidden_layers=1)
+    for model in (Classifier(one_layer, 2), Embedder(one_layer, normalize=True)):
+        loss = lambda params, model=model: jnp.sum(model.apply({"params": params}, ids, mask))
+        gradient = jax.jit(jax.grad(loss))({"encoder": params, "head": head})
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_positions_can_be_given(tiny):
@@ -163,34 +182,19 @@ def test_a_sequence_too_long_is_refused(tiny):
         Encoder(TINY).apply({"params": tiny[2]}, jnp.zeros((1, 11), jnp.int32))
 
 
-def test_an_unknown_pooling_is_refused(tiny):
+@pytest.mark.parametrize("model", [Classifier(TINY, 2, "max"), Embedder(TINY, "max")])
+def test_an_unknown_pooling_is_refused(tiny, model):
     with pytest.raises(ValueError, match="pooling='max'"):
-        Classifier(TINY, 2, "max").init(jax.random.key(0), tiny[0])
+        model.init(jax.random.key(0), tiny[0])
 
 
-def test_config_reads_what_it_knows():
-    fields = dataclasses.asdict(TINY) | {
-        "model_type": "bert", "position_embedding_type": "absolute", "hidden_dropout_prob": 0.1, "_name_or_path": "x"
-    }  # fmt: skip
-    assert EncoderConfig.from_huggingface(fields) == TINY
+def test_types_of_tokens_where_there_are_none_are_refused(tiny):
+    model = Encoder(dataclasses.replace(TINY, type_vocab_size=0, model_type="distilbert"))
+    with pytest.raises(ValueError, match=r"distilbert.*token_type_ids"):
+        model.init(jax.random.key(0), tiny[0], token_type_ids=tiny[0])
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("position_embedding_type", "relative_key"),
-        ("hidden_act", "mish"),
-        ("is_decoder", True),
-        ("pruned_heads", {"0": [1]}),
-        ("embedding_size", 128),
-        ("num_attention_heads", 5),
-    ],
-)
-def test_config_refuses_by_name(field, value):
-    with pytest.raises(ValueError, match=field):
-        EncoderConfig.from_huggingface(dataclasses.asdict(TINY) | {field: value})
-
-
-def test_config_refuses_all_at_once():
-    with pytest.raises(ValueError, match=r"(?s)is_decoder.*alibi.*window"):
-        EncoderConfig.from_huggingface({"alibi": True, "window": 8, "is_decoder": True})
+@pytest.mark.parametrize("changed", [{"hidden_act": "mish"}, {"pooler_act": "mish"}, {"num_attention_heads": 5}])
+def test_config_refuses_by_name(changed):
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        EncoderConfig(hidden_size=16, **changed)
