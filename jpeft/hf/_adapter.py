@@ -1,0 +1,183 @@
+"""Adapters of Hugging Face's PEFT: into a tree of parameters, and out of it."""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._node import Additive, Node, Reparam, rebox, value
+from .._shared import share
+from .._tree import Params, place, put
+from ..selective._unfreeze import Free
+from . import _mlx, _reading, _writing
+from ._adapter_config import fill, pattern_faults
+from ._atomic import whole
+from ._repository import file, locate, read_json
+from ._safetensors import tensors, write
+from ._tree import Tree
+from ._vllm import vllm_faults
+from .formats import FORMATS
+from .formats._format import Config, Format
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DTYPES = ("float32", "float16", "bfloat16")
+PICKLED = (
+    " There is an adapter_model.bin: a pickle, which runs any code that is in it, and is never read here. Where you "
+    "trust it, load it with PEFT and save it again: `model.save_pretrained(directory)`."
+)
+
+
+def load_adapter(name: str | Path, params: Params, *, model: nn.Module | None = None) -> Params:
+    """The tree with the adapter of a directory, or of a repository of the Hugging Face hub, in it.
+
+    Every tensor becomes a node, or a part of one, with the file's numbers in the file's dtype: `save_adapter` writes
+    the same tensors. An adapter of separate layers goes into a tree that has them stacked, and one of separate kernels
+    into a tree that has them joined, where that is exact. Layers without LoRA get one of zeros there, which has no
+    gradient. Adapters of mlx-lm are read, too.
+
+    **Arguments:**
+
+    - `params`: of the model that the adapter is for, quantized or not, with or without other nodes.
+    - `model`: tells the names that transformers has for the parameters; left out, the tree's own structure does.
+
+    **Raises** `FileNotFoundError` where there is no adapter in the safetensors format: a pickle is never read; and
+    `ValueError` with everything that does not fit: fields of the config that are not understood or cannot be
+    reproduced, tensors that are missing, unexpected, of another shape or dtype, or not finite.
+    """
+    directory = locate(name)
+    config = read_json(directory, CONFIG)
+    if config is None:
+        raise FileNotFoundError(f"{directory} has no {CONFIG}: it is no directory of an adapter.")
+    mlx = _mlx.is_mlx(config)
+    arrays, faults = _stored(directory, _mlx.WEIGHTS if mlx else WEIGHTS)
+    form, filled, more = _of_mlx(config) if mlx else _of_peft(directory, config)
+    if faults := faults + more:
+        raise _refusal(directory, faults)
+    tree = Tree.of(params, model, [re.sub(r"^base_model\.(model\.)?", "", name) for name in arrays])
+    arrays = _mlx.one_by_one(arrays, tree) if mlx else arrays
+    found = _reading.read(form, filled, arrays, tree)
+    nodes = _reading.nodes_at(found, tree) if not found.faults else {}
+    if found.faults:
+        raise _refusal(directory, found.faults)
+    params = _placed(params, nodes, found, tree, form)
+    if form.wide is None:
+        return params
+    try:
+        return form.wide.put(params, tree, filled, {name: jnp.asarray(x) for name, x in found.wide.items()})
+    except ValueError as error:
+        raise _refusal(directory, [str(error)]) from None
+
+
+def _refusal(directory: Path, faults: list[str]) -> ValueError:
+    return ValueError("\n  ".join([f"{directory} cannot be loaded as it is:", *faults]))
+
+
+def _of_peft(directory: Path, config: Config) -> tuple[Format, Config, list[str]]:
+    """The format of an adapter, its config with defaults in it, and what is wrong there."""
+    kind = config.get("peft_type")
+    form = FORMATS.get(kind) if isinstance(kind, str) else None
+    if form is None:
+        raise ValueError(f"{directory} has peft_type {kind!r}; supported: {', '.join(sorted(FORMATS))}.")
+    filled, faults = fill(config, form.fields, form.unused)
+    faults = faults or pattern_faults(filled, form.patterns, form.fields)
+    return form, filled, faults or form.check(filled)
+
+
+def _of_mlx(config: Config) -> tuple[Format, Config, list[str]]:
+    filled, faults = _mlx.own_config(config)
+    return (_mlx.FULL if filled["kind"] == "full" else _mlx.MLX), filled, faults
+
+
+def _stored(directory: Path, name: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors of an adapter's file, and those that are no finite floating-point numbers that JAX has."""
+    path = file(directory, name)
+    if path is None:
+        raise FileNotFoundError(
+            f"{directory} has no {name}." + (PICKLED if (directory / "adapter_model.bin").exists() else "")
+        )
+    found = tensors(path)
+    faults = [f"dtype: {n} is {x.dtype}, expected one of {', '.join(DTYPES)}" for n, x in found.items()
+              if str(x.dtype) not in DTYPES]  # fmt: skip
+    arrays = {} if faults else {n: x.read() for n, x in found.items()}
+    faults += [f"not finite: {n}" for n, x in arrays.items() if not np.isfinite(x.astype(np.float32)).all()]
+    return arrays, faults
+
+
+def _placed(params: Params, nodes: dict[str, list[Node]], found: _reading.Reading, tree: Tree, form: Format) -> Params:
+    """The tree with nodes and arrays in it."""
+    refs = {}
+    if found.shared:
+        params, names = share(params, **{name.lower(): jnp.asarray(x.T) for name, x in found.shared.items()})
+        refs = {field: names[name.lower()] for name, field in form.shared.items()}
+    ready = lambda node: jax.tree.map(jnp.asarray, node).replace(**refs)
+    new = {path: _reading.array(tree.leaves[path], group) for path, group in _reading.by_path(found.plain).items()}
+    train = {m.path for m in found.declared} if form.nodes else {*new}
+    frozen = {path: x for path, x in new.items() if path not in train and not _is(tree.leaves[path], x)}
+    kept = {path: functools.partial(_unchanged, x=x) for path, x in frozen.items()}
+    params = put(params, kept, over_nodes=True)
+    free = {path: lambda old, x=x: Free(array=rebox(old, jnp.asarray(x))) for path, x in new.items() if path in train}
+    params = put(params, free)
+    own = {path: node for path, several in nodes.items() for node in several if not isinstance(node, Additive)}
+    params = put(params, {path: lambda old, n=n: _over(ready(n), old) for path, n in own.items()}, over_nodes=True)
+    for path, several in nodes.items():
+        for node in several:
+            if isinstance(node, Additive):
+                params = place(params, {path.rpartition("/")[0]: ready(node)}, type(node).__name__.lower())
+    return params
+
+
+def _over(node: Any, old: Any) -> Node:
+    return node.replace(base=old) if isinstance(node, Reparam) else node
+
+
+def _unchanged(old: Any, x: np.ndarray) -> Any:
+    return rebox(old, jnp.asarray(x))
+
+
+def _is(leaf: Any, x: np.ndarray) -> bool:
+    """Whether a parameter is this array, as far as its dtype tells."""
+    base = np.asarray(value(leaf))
+    return bool(np.array_equal(base, x.astype(base.dtype)))
+
+
+def save_adapter(
+    directory: str | Path,
+    params: Params,
+    *,
+    model: nn.Module | None = None,
+    for_vllm: bool = False,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the adapter that the nodes of a tree are: `adapter_config.json` and `adapter_model.safetensors`.
+
+    PEFT and what reads its format load it. Parameters that train themselves go with it: as biases, or with the modules
+    that they are of. `PiSSA` nodes become the LoRA of twice the rank that they amount to.
+
+    **Arguments:**
+
+    - `model`: as for `load_adapter`.
+    - `for_vllm`: refuse what vLLM does not serve.
+    - `base_model_name_or_path`, `task_type`: what the config says of the model, such as `"CAUSAL_LM"`; PEFT needs the
+      type for prompts, where it is found out if it is left out.
+    - `overwrite`: replace an adapter that is at `directory`, with everything beside it there.
+
+    **Raises** `FileExistsError` for what is there already, and `ValueError`, all at once, for nodes that PEFT or vLLM
+    does not have, and for what differs between modules where PEFT has one for all.
+    """
+    out = _writing.write(params, Tree.of(params, model), task_type)
+    faults = out.faults or (vllm_faults(out.config) if for_vllm else [])
+    if faults:
+        raise ValueError("\n  ".join(["This tree has no adapter of PEFT's format:", *faults]))
+    given = {"base_model_name_or_path": base_model_name_or_path, "inference_mode": True}
+    with whole(directory, mark=CONFIG, overwrite=overwrite) as new:
+        write(new / WEIGHTS, out.tensors)
+        (new / CONFIG).write_text(json.dumps(out.config | given, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,153 @@
+"""`adapter_config.json`: what in it is understood, which modules it names, and how the like is written."""
+
+import collections
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .formats._format import Config
+
+
+# Fields of every type: those that are read elsewhere, and those that tell only where an adapter is from.
+COMMON = frozenset({"peft_type", "peft_version", "target_modules", "exclude_modules", "layers_to_transform",
+                    "layers_pattern", "modules_to_save", "bias", "fan_in_fan_out", "auto_mapping", "task_type",
+                    "base_model_name_or_path", "revision", "inference_mode"})  # fmt: skip
+
+REASONS = {
+    "layer_replication": "the adapter is for a model that has some layers of its base several times. Make that model, "
+    "and an adapter without the field",
+    "use_qalora": "QALoRA pools the inputs of A over groups, which no node here does",
+    "alora_invocation_tokens": "activated LoRA acts from a token of the text on, which no node here does",
+    "kasa_config": "KaSA changes the base when the adapter is loaded",
+    "velora_config": "VeLoRA changes what backward passes keep, which no node here does",
+    "arrow_config": "Arrow routes between several adapters",
+    "use_bdlora": "its matrices are block-diagonal",
+    "monteclora_config": "its factors are random variables",
+}
+
+
+def fill(config: Config, fields: Mapping[str, Any], unused: Iterable[str]) -> tuple[Config, list[str]]:
+    """The config with defaults for what it leaves out, and its faults: fields of other types or not understood."""
+    faults = []
+    for name, x in config.items():
+        if name in fields:
+            if x is not None and not _of_type(x, fields[name]):
+                faults.append(f"{name} = {x!r}: it must be like {fields[name]!r}")
+        elif name not in COMMON and name not in unused and x not in (None, False, "", "none", [], {}):
+            faults.append(f"{name} = {x!r}: {REASONS.get(name, 'this field is not understood')}")
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        if not _is_names(config.get(name)):
+            faults.append(f"{name} = {config[name]!r}: it must be a list of names")
+    if not isinstance(layers := config.get("layers_to_transform"), list | int | None):
+        faults.append(f"layers_to_transform = {layers!r}: it must be a list of numbers")
+    given = {name: x for name, x in config.items() if x is not None}
+    return dict(fields) | given, faults
+
+
+def _of_type(x: Any, default: Any) -> bool:
+    if isinstance(default, bool) or isinstance(x, bool):
+        return type(x) is type(default) or default is None
+    if isinstance(default, float):
+        return isinstance(x, int | float)
+    return default is None or isinstance(x, type(default))
+
+
+def _is_names(x: Any) -> bool:
+    return x is None or isinstance(x, str) or (isinstance(x, list) and all(isinstance(name, str) for name in x))
+
+
+def pattern_faults(config: Config, patterns: Mapping[str, str], fields: Mapping[str, Any]) -> list[str]:
+    """What is wrong in the fields that give numbers for patterns."""
+    faults = []
+    for field, name in patterns.items():
+        for pattern, x in config[name].items():
+            if not _of_type(x, fields[field]):
+                faults.append(f"{name}[{pattern!r}] = {x!r}: it must be a number")
+            if not matches_fast(pattern):
+                faults.append(f"{name}[{pattern!r}]: no regular expression, or one that may take for ever")
+    return faults
+
+
+def matches_fast(pattern: str) -> bool:
+    """Whether a pattern is one, and cannot take exponential time: a repeated group that repeats can."""
+    nested = r"\([^()]*[*+}][^()]*\)[*+{]"
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(pattern) <= 1000 and not re.search(nested, pattern) and len(re.findall(r"[*+{]", pattern)) <= 6
+
+
+def selector(config: Config) -> Callable[[str], bool] | None:
+    """Whether `target_modules` names a module, as PEFT reads it; `None` where it does not tell."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    saved = config.get("modules_to_save") or []
+    regexes = [x for x in (targets, excluded) if isinstance(x, str)]
+    if targets is None or targets == "all-linear" or not all(map(matches_fast, regexes)):
+        return None
+    layers, stacks = config.get("layers_to_transform"), config.get("layers_pattern") or []
+    layers = [layers] if isinstance(layers, int) else layers or []
+    stacks = [stacks] if isinstance(stacks, str) else stacks
+
+    def chosen(name: str) -> bool:
+        if _named(excluded, name) or any(f".{end}." in f".{name}." for end in saved):
+            return False
+        return _named(targets, name) and (isinstance(targets, str) or not layers or _layer(name, stacks) in layers)
+
+    return chosen
+
+
+def _named(names: str | list[str], module: str) -> bool:
+    if isinstance(names, str):
+        return bool(re.fullmatch(names, module))
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _layer(module: str, stacks: list[str]) -> int | None:
+    """The first number in a module's name, or the one after the name of a stack."""
+    patterns = [rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\." for name in stacks] or [r".*?\.[^.]*\.(\d+)\."]
+    return next((int(match[1]) for p in patterns if (match := re.match(p, module))), None)
+
+
+def merged(fields: Mapping[str, Config], patterns: Mapping[str, str]) -> tuple[Config, list[str]]:
+    """One config of what the modules say, by name: the most common word, and patterns for those who differ.
+
+    And the faults: fields in which modules differ, and for which PEFT has no patterns. `None` agrees with everything.
+    """
+    config: Config = {}
+    faults = []
+    for field in {name: None for x in fields.values() for name in x}:
+        said = {module: x[field] for module, x in fields.items() if x.get(field) is not None}
+        if not said:
+            continue
+        words = list(said.values())
+        common = max(words, key=words.count)
+        others = {module: x for module, x in said.items() if x != common}
+        config[field] = common
+        if others and field in patterns:
+            config[patterns[field]] = _as_patterns(others, fields)
+        elif others:
+            faults.append(f"{field} is {common!r}, but {others}: PEFT has one for all modules")
+    return config, faults
+
+
+def _as_patterns(others: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """Values of some modules by the last part of their names where that tells them from the rest, else by the whole."""
+    by_end = collections.defaultdict(list)
+    for module in modules:
+        by_end[module.rpartition(".")[2]].append(others.get(module))
+    return {
+        end if x == by_end[end][0] and by_end[end].count(x) == len(by_end[end]) else re.escape(module): x
+        for module, x in others.items()
+        for end in [module.rpartition(".")[2]]
+    }
+
+
+def shortened(chosen: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Names that pick just the chosen of the known modules: their last parts where those do."""
+    chosen, found = set(chosen), []
+    others = {name.rpartition(".")[2] for name in known if name not in chosen}
+    for name in sorted(chosen):
+        end = name.rpartition(".")[2]
+        found.append(name if end in others else end)
+    return sorted(set(found))

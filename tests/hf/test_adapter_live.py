@@ -1,0 +1,60 @@
+"""The adapters that we write, loaded by PEFT itself: the same logits, and nothing that it misses or finds too much."""
+
+import warnings
+
+import adapters
+import jax
+import numpy as np
+import pytest
+from test_adapters import READ, bases  # noqa: F401 - a fixture
+
+import jpeft
+from jpeft import hf
+
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def torch_models(tmp_path_factory):
+    """A function that makes transformers' model of an architecture."""
+    transformers = pytest.importorskip("transformers")
+    home = tmp_path_factory.mktemp("torch")
+
+    def make(name):
+        directory = adapters.write_base(home / name, name)
+        config = adapters.read_json(directory / "config.json")
+        return getattr(transformers, config["architectures"][0]).from_pretrained(directory).eval()
+
+    return make
+
+
+def logits_of_peft(model, directory, given):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(model, directory).eval()
+    told = [str(w.message) for w in caught if "missing" in str(w.message) or "unexpected" in str(w.message)]
+    assert not told, told
+    given = {name: torch.tensor(np.asarray(x)) for name, x in given.items()}
+    given = {name: x.long() if not x.is_floating_point() else x for name, x in given.items()}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = model(**given).logits.numpy()
+    return found if found.ndim == 2 else found[:, -6:]
+
+
+def moved(params):
+    """The tree with other numbers in all that trains."""
+    trainable, frozen = jpeft.partition(params)
+    return jpeft.combine(jax.tree.map(lambda x: 1.1 * x + 0.01, trainable), frozen)
+
+
+@pytest.mark.parametrize("case", READ)
+def test_peft_reads_what_we_write(case, bases, torch_models, tmp_path):  # noqa: F811
+    name, given = case.partition("-")[0], adapters.inputs(case)
+    model, params = bases[name]
+    tuned = moved(hf.load_adapter(adapters.write_adapter(tmp_path / "in", case), params, model=model))
+    hf.save_adapter(tmp_path / "out", tuned, model=model, task_type=adapters.config(case).get("task_type"))
+    found = logits_of_peft(torch_models(name), tmp_path / "out", given)
+    np.testing.assert_allclose(adapters.logits(model, tuned, given), found, rtol=1e-5, atol=1e-5)
