@@ -13,11 +13,13 @@ _HELP = """usage: jpeft COMMAND [OPTIONS]
 Parameter-efficient fine-tuning for JAX and Flax.
 
 commands:
-  finetune   fine-tune a pretrained encoder to classify texts, and leave an adapter
+  finetune   fine-tune a pretrained model to write, or to classify texts, and leave an adapter
+  generate   let a model, with an adapter or without, go on with a text
+  chat       talk with a model
 
 `jpeft COMMAND --help` shows a command's options. Without any, `jpeft finetune` runs a demonstration.
 """
-_EXTRA = ("tyro", "rich", "matplotlib", "safetensors", "tokenizers")
+_EXTRA = ("tyro", "rich", "matplotlib", "safetensors", "tokenizers", "jinja2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP)
         return 0 if argv else 2
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"finetune": _finetune}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "finetune": _finetune,
+        "generate": _generate,
+        "chat": _chat,
+    }
     try:
         check_choice("command", argv[0], commands)
         if missing := [name for name in _EXTRA if util.find_spec(name) is None]:
@@ -64,4 +70,22 @@ def _finetune(argv: Sequence[str]) -> int:
     except Interrupted as stop:
         console.print(f"{stop}; to go on: jpeft finetune --resume --output {stop.directory}")
         return 130
+    return 0
+
+
+def _generate(argv: Sequence[str]) -> int:
+    import tyro
+
+    from jpeft.cli.generate import Arguments, generate
+
+    generate(tyro.cli(Arguments, prog="jpeft generate", args=argv))
+    return 0
+
+
+def _chat(argv: Sequence[str]) -> int:
+    import tyro
+
+    from jpeft.cli.chat import Arguments, chat
+
+    chat(tyro.cli(Arguments, prog="jpeft chat", args=argv))
     return 0

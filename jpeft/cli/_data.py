@@ -1,18 +1,17 @@
 """Labelled texts: reading, sharing out, tokenizing, batching."""
 
 import dataclasses
-import functools
 import hashlib
-import json
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jpeft.cli._batches import Batches
 from jpeft.cli._errors import UserError
+from jpeft.cli._rows import convert, read_objects
 
 
 if TYPE_CHECKING:
@@ -31,32 +30,19 @@ class Example:
 def read_jsonl(path: Path) -> list[Example]:
     """The rows `{"text": ..., "label": ...}` of a file, one a line; equal texts are a group.
 
-    Raises a UserError for a file that cannot be read or is empty, and, with its number, for the first line that is no
-    such row.
+    Raises a UserError for a file that cannot be read or is empty, and for all lines that are no such row.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise UserError(f"cannot read {path}: {reason}") from error
-    examples = [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not examples:
-        raise UserError(f"{path} is empty")
-    return examples
+    return [example for _, example in convert(path, read_objects(path), _example)]
 
 
-def _row(path: Path, number: int, line: str) -> Example:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not JSON: {error}") from error
-    if not isinstance(row, dict) or row.keys() < {"text", "label"}:
-        raise UserError(f'{path}:{number}: not a row {{"text": ..., "label": ...}}: {line[:80]}')
+def _example(row: dict[str, Any]) -> Example:
+    if not row.keys() >= {"text", "label"}:
+        raise ValueError(f'not a row {{"text": ..., "label": ...}}: {str(row)[:80]}')
     text, label = row["text"], row["label"]
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f'{path}:{number}: "text" must be a text that is not empty, not {text!r}')
+        raise ValueError(f'"text" must be a text that is not empty, not {text!r}')
     if not isinstance(label, str | int):
-        raise UserError(f'{path}:{number}: "label" must be a text or an integer, not {label!r}')
+        raise ValueError(f'"label" must be a text or an integer, not {label!r}')
     return Example(text, str(label), group=text)
 
 
@@ -103,8 +89,8 @@ class Batch(NamedTuple):
     weights: np.ndarray
 
 
-class Texts:
-    """Tokenized examples, cut to `max_length` tokens, in batches of five lengths, so that few shapes are compiled."""
+class Texts(Batches):
+    """Tokenized examples, cut to `max_length` tokens."""
 
     def __init__(self, examples: Sequence[Example], labels: Sequence[str], tokenizer: "Tokenizer", max_length: int):
         tokenizer.no_padding()
@@ -112,41 +98,13 @@ class Texts:
         number = {label: index for index, label in enumerate(labels)}
         self.tokens = [encoding.ids for encoding in tokenizer.encode_batch([example.text for example in examples])]
         self.labels = np.array([number[example.label] for example in examples], np.int32)
-        self.lengths = tuple(sorted({math.ceil(share * max_length) for share in (1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)}))
-        self._bucket = np.searchsorted(self.lengths, [len(tokens) for tokens in self.tokens])
-
-    def __len__(self) -> int:
-        return len(self.tokens)
+        super().__init__([len(tokens) for tokens in self.tokens], max_length)
 
     def batch(self, rows: Sequence[int], size: int) -> Batch:
-        """The given examples, filled up to `size` rows by repeating them."""
         filled = np.resize(rows, size)
-        tokens = np.zeros((size, self.lengths[self._bucket[filled].max()]), np.int32)
+        tokens = np.zeros((size, self.length(filled)), np.int32)
         mask = np.zeros_like(tokens)
         for row, index in enumerate(filled):
             tokens[row, : len(self.tokens[index])] = self.tokens[index]
             mask[row, : len(self.tokens[index])] = 1
         return Batch(tokens, mask, self.labels[filled], (np.arange(size) < len(rows)).astype(np.float32))
-
-    def train_batch(self, step: int, size: int, seed: int) -> Batch:
-        """The batch of a step, a function of the arguments alone: an interrupted run goes on with the same batches.
-
-        Every epoch sees every example, in batches of like lengths, in an order of its own.
-        """
-        steps = -(-len(self) // size)
-        epoch, index = divmod(step, steps)
-        return self.batch(self._epoch(epoch, size, seed)[index], size)
-
-    @functools.lru_cache(maxsize=1)  # noqa: B019
-    def _epoch(self, epoch: int, size: int, seed: int) -> np.ndarray:
-        rng = np.random.default_rng((seed, epoch))
-        order = rng.permutation(len(self))
-        order = order[np.argsort(self._bucket[order], kind="stable")]
-        return rng.permutation(np.resize(order, (-(-len(self) // size), size)))
-
-    def all_batches(self, size: int) -> Iterator[tuple[np.ndarray, Batch]]:
-        """Every example once: the rows' numbers and their batch."""
-        order = np.argsort(self._bucket, kind="stable")
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            yield rows, self.batch(rows, size)

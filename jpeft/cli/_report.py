@@ -1,7 +1,7 @@
 """What the command shows."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -40,58 +40,64 @@ def _bytes(row: ParameterRow) -> int:
 
 
 class _Rate(ProgressColumn):
-    def __init__(self, batch_size: int):
+    """The speed in steps, times what a step is in the mean."""
+
+    def __init__(self, unit: str):
         super().__init__()
-        self._batch_size = batch_size
+        self._unit = unit
 
     def render(self, task: Task) -> str:
-        return f"{self._batch_size * (task.speed or 0):.0f} examples/s"
+        return f"{task.fields['amount'] * (task.speed or 0):,.0f} {self._unit}/s"
 
 
-def progress_bar(console: Console, batch_size: int) -> Progress:
-    """A bar of steps with loss, examples a second and the time left; its tasks need a field `loss`."""
+def progress_bar(console: Console, unit: str) -> Progress:
+    """A bar of steps with loss, the work done a second and the time left; its tasks need fields `loss`, `amount`."""
     loss = TextColumn("loss {task.fields[loss]:.3f}")
     left = (TimeRemainingColumn(), TextColumn("left"))
-    return Progress(BarColumn(), MofNCompleteColumn(), loss, _Rate(batch_size), *left, console=console)
+    return Progress(BarColumn(), MofNCompleteColumn(), loss, _Rate(unit), *left, console=console)
 
 
-def reporter(bar: Progress, start: int, steps: int) -> Callable[[Row], None]:
-    """What moves the bar on with a step's row of metrics, and prints an evaluation's."""
-    task = bar.add_task("", total=steps, completed=start, loss=math.nan)
+def reporter(bar: Progress, start: int, steps: int, metric: str, formatted: str) -> Callable[[Row, int], None]:
+    """What moves the bar on with a step's row of metrics and the amount of its work, and prints an evaluation's."""
+    task = bar.add_task("", total=steps, completed=start, loss=math.nan, amount=0.0)
+    amounts: list[int] = []
 
-    def report(row: Row) -> None:
+    def report(row: Row, amount: int) -> None:
         if "loss" in row:
-            bar.update(task, completed=row["step"], loss=row["loss"])
+            amounts.append(amount)
+            bar.update(task, completed=row["step"], loss=row["loss"], amount=sum(amounts) / len(amounts))
         else:
-            bar.console.print(f"step {row['step']}: accuracy {row['accuracy']:.1%}, loss {row['evaluation_loss']:.3f}")
+            value = format(row[metric], formatted)
+            bar.console.print(f"step {row['step']}: {metric} {value}, loss {row['evaluation_loss']:.3f}")
 
     return report
 
 
-def show_results(console: Console, result: Row, method: str) -> None:
-    """The accuracies, and the adapter's size."""
-    table = Table("classifier", title="Accuracy on the evaluation texts", box=SIMPLE_HEAD)
-    table.add_column("accuracy", justify="right")
-    table.add_row("majority class", f"{result['majority_accuracy']:.1%}")
-    table.add_row("linear probe on the frozen features", f"{result['probe_accuracy']:.1%}")
-    table.add_row(f"fine-tuned with {method}", f"{result['accuracy']:.1%}", style="bold green")
+def show_results(console: Console, result: Row, names: Mapping[str, str], formatted: str) -> None:
+    """A metric of the models to be compared, the last of which is the trained one, and the adapter's size."""
+    *before, (trained, name) = names.items()
+    table = Table("model", title="On the evaluation rows", box=SIMPLE_HEAD)
+    table.add_column(trained, justify="right")
+    for key, other in before:
+        table.add_row(other, format(result[key], formatted))
+    table.add_row(name, format(result[trained], formatted), style="bold green")
     console.print(table)
     adapter, model = result["adapter_bytes"], result["model_bytes"]
     console.print(f"adapter {human(adapter)}: {adapter / model:.2%} of the model's {human(model)}")
 
 
-def draw_curves(path: Path, rows: Sequence[Row], result: Row) -> None:
-    """A picture of the losses and of the accuracy, with the probe's and the majority's beside it."""
+def draw_curves(path: Path, rows: Sequence[Row], result: Row, metric: str, compared: Mapping[str, str]) -> None:
+    """A picture of the losses and of the metric, with those that it is compared with beside it."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, name, label in (
-        (left, "loss", "training"), (left, "evaluation_loss", "evaluation"), (right, "accuracy", "fine-tuned"),
+        (left, "loss", "training"), (left, "evaluation_loss", "evaluation"), (right, metric, "fine-tuned"),
     ):  # fmt: skip
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), label=label, marker="" if name == "loss" else "o")
-    right.axhline(result["probe_accuracy"], color="gray", linestyle="--", label="linear probe")
-    right.axhline(result["majority_accuracy"], color="gray", linestyle=":", label="majority class")
-    for axes, label in ((left, "cross entropy"), (right, "accuracy")):
+    for (name, label), style in zip(compared.items(), ("--", ":", "-."), strict=False):
+        right.axhline(result[name], color="gray", linestyle=style, label=label)
+    for axes, label in ((left, "cross entropy"), (right, metric)):
         axes.set(xlabel="step", ylabel=label)
         axes.legend()
     figure.savefig(path, dpi=120)

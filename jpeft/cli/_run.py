@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from jpeft._storage import MANIFEST, CheckpointError, read, write
-from jpeft.cli._arguments import Arguments
+from jpeft.cli._arguments import Arguments, option
 from jpeft.cli._errors import UserError
 
 
 Row = dict[str, Any]
+STATE, BEST = "state", "best"  # directories of arrays
 _NOT_KEPT = ("output", "resume")
 
 
@@ -54,7 +55,7 @@ def saved_arguments(arguments: Arguments) -> Arguments:
 def check_same(given: Arguments, saved: Arguments) -> None:
     """Raises a UserError with every argument that differs from that of the run to be resumed."""
     pairs = [(f.name, getattr(given, f.name), getattr(saved, f.name)) for f in dataclasses.fields(Arguments)]
-    faults = [f"--{name.replace('_', '-')} is {new}, was {old}" for name, new, old in pairs if new != old]
+    faults = [f"{option(name)} is {new}, was {old}" for name, new, old in pairs if new != old]
     if faults:
         raise UserError(f"a resumed run keeps its arguments; in {saved.output}: {'; '.join(faults)}")
 
@@ -79,29 +80,45 @@ class Run:
         if json.loads((self.directory / "config.json").read_text())["data"] != data:
             raise UserError(f"the texts are not those that the run in {self.directory} was started with")
 
-    def save(self, step: int, state: Any) -> None:
-        """Keep the state of training after `step` steps in place of the last."""
-        arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
-        write((self.directory / "state").absolute(), arrays, {"step": step}, overwrite=True)
+    def save(self, name: str, step: int, tree: Any) -> None:
+        """Keep arrays as they are after `step` steps, in place of those of that name."""
+        arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        write((self.directory / name).absolute(), arrays, {"step": step}, overwrite=True)
+
+    def read(self, name: str, like: Any) -> tuple[int, Any]:
+        """The number of steps after which arrays were saved, and those; `(0, None)` where there are none.
+
+        Raises a UserError for files that are damaged.
+        """
+        path = (self.directory / name).absolute()
+        if not (path / MANIFEST).exists():
+            return 0, None
+        try:
+            content, arrays = read(path)
+            return content["step"], jax.tree_util.tree_map_with_path(
+                lambda path, _: arrays[jax.tree_util.keystr(path)], like
+            )
+        except (OSError, CheckpointError, KeyError) as error:
+            raise self._broken(error) from error
 
     def load(self, like: Any) -> tuple[int, Any]:
-        """The number of steps made when the state was last saved, and that state; `(0, None)` where there is none.
+        """The state of training as `read` returns it.
 
         Rows of metrics.jsonl that were written later are dropped: those steps are made again. Raises a UserError for
         files that are damaged.
         """
-        step, state, path = 0, None, (self.directory / "state").absolute()
-        if (path / MANIFEST).exists():
+        step, state = self.read(STATE, like)
+        if state is not None:
             try:
-                content, arrays = read(path)
-                step = content["step"]
-                state = jax.tree_util.tree_map_with_path(lambda path, _: arrays[jax.tree_util.keystr(path)], like)
                 rows = map(_parse, self._metrics.read_text().splitlines())
-                self.rows = [row for row in rows if row and row["step"] <= step and "adapter_bytes" not in row]
-            except (OSError, CheckpointError, KeyError) as error:
-                raise UserError(f"the run in {self.directory} cannot go on: {error}") from error
+            except OSError as error:
+                raise self._broken(error) from error
+            self.rows = [row for row in rows if row and row["step"] <= step and "adapter_bytes" not in row]
         _replace(self._metrics, "".join(map(_line, self.rows)))
         return step, state
+
+    def _broken(self, error: Exception) -> UserError:
+        return UserError(f"the run in {self.directory} cannot go on: {error}")
 
     def log(self, **row: Any) -> Row:
         """Append a row to metrics.jsonl."""
@@ -110,9 +127,18 @@ class Run:
             file.write(_line(row))
         return row
 
-    def last(self, name: str) -> Any:
-        """The last value of that name in the rows."""
-        return next(row[name] for row in reversed(self.rows) if name in row)
+    def evaluations(self) -> list[Row]:
+        """The rows of evaluations, in order."""
+        return [row for row in self.rows if "evaluation_loss" in row]
+
+    def best(self) -> Row:
+        """The first row of an evaluation with the lowest loss."""
+        return min(self.evaluations(), key=lambda row: row["evaluation_loss"])
+
+    def stale(self) -> int:
+        """How many evaluations came after the best."""
+        rows = self.evaluations()
+        return len(rows) - 1 - rows.index(self.best())
 
 
 def _line(row: Row) -> str:

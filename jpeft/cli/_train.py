@@ -3,12 +3,12 @@
 import contextlib
 import math
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +16,9 @@ import optax
 
 import jpeft
 from jpeft.cli._arguments import Arguments
-from jpeft.cli._data import Batch, Texts
 from jpeft.cli._errors import UserError
-from jpeft.cli._run import Run
+from jpeft.cli._run import BEST, STATE, Row, Run
+from jpeft.cli._task import Task
 
 
 class State(NamedTuple):
@@ -36,14 +36,21 @@ class Interrupted(Exception):
         self.directory = directory
 
 
+# By how much of the way to the last step is left.
+SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "linear": lambda left: left,
+    "cosine": lambda left: 0.5 - 0.5 * jnp.cos(math.pi * left),
+    "constant": jnp.ones_like,
+}
+
+
 def learning_rate(arguments: Arguments) -> optax.Schedule:
-    """A linear rise to the peak over the warmup, then a decay to 0 at the last step."""
-    warmup = int(arguments.warmup * arguments.steps)
+    """A linear rise to the peak over the warmup, then the decay, by default to 0 at the last step."""
+    warmup, decayed = int(arguments.warmup * arguments.steps), SCHEDULES[arguments.schedule]
 
     def schedule(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         step = jnp.float32(step)
-        left = 1.0 - (step - warmup) / (arguments.steps - warmup)
-        decay = left if arguments.schedule == "linear" else 0.5 - 0.5 * jnp.cos(math.pi * left)
+        decay = decayed(1.0 - (step - warmup) / (arguments.steps - warmup))
         return arguments.learning_rate * jnp.where(step < warmup, (step + 1) / (warmup + 1), decay)
 
     return schedule
@@ -56,53 +63,47 @@ def optimizer(arguments: Arguments) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(arguments.clip), adamw)
 
 
-def make_step(model: nn.Module, tx: optax.GradientTransformation, label_smoothing: float) -> Callable:
-    """`(state, frozen, batch) -> (state, loss)`; the state that goes in is used up."""
+def make_step(task: Task, tx: optax.GradientTransformation) -> Callable:
+    """`(state, frozen, batch) -> (state, loss)`; the state that goes in is used up.
 
-    def loss(trainable: Any, frozen: Any, batch: Batch) -> jax.Array:
-        logits = jpeft.apply(model, {"params": jpeft.combine(trainable, frozen)}, batch.tokens, batch.mask)
-        wanted = optax.smooth_labels(jax.nn.one_hot(batch.labels, logits.shape[1]), label_smoothing)
-        return optax.softmax_cross_entropy(logits, wanted).mean()
+    The arrays of `batch` are (microbatches, rows, ...). The loss is the mean over all that counts in any of them, so
+    that it does not matter how the rows are shared out.
+    """
+
+    def share(trainable: Any, frozen: Any, batch: Any, total: jax.Array) -> jax.Array:
+        return task.loss(jpeft.combine(trainable, frozen), batch) / total
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, jax.Array]:
-        value, gradients = jax.value_and_grad(loss)(state.trainable, frozen, batch)
+    def step(state: State, frozen: Any, batch: Any) -> tuple[State, jax.Array]:
+        total = jnp.maximum(jnp.sum(batch.weights), 1.0)
+
+        def add(sums: Any, microbatch: Any) -> tuple[Any, None]:
+            found = jax.value_and_grad(share)(state.trainable, frozen, microbatch, total)
+            return jax.tree.map(jnp.add, sums, found), None
+
+        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable)
+        (value, gradients), _ = jax.lax.scan(add, zeros, batch)
         updates, opt_state = tx.update(gradients, state.opt_state, state.trainable)
         return State(optax.apply_updates(state.trainable, updates), opt_state), value
 
     return step
 
 
-def make_evaluation(model: nn.Module, texts: Texts, size: int) -> Callable:
-    """`(trainable, frozen) -> (accuracy, loss)` over all texts, `size` at a time."""
+def make_evaluation(task: Task, size: int) -> Callable:
+    """`(trainable, frozen) -> metrics` of all that there is to evaluate on, `size` rows at a time."""
 
     @jax.jit
-    def sums(trainable: Any, frozen: Any, batch: Batch) -> jax.Array:
-        logits = jpeft.apply(model, {"params": jpeft.combine(trainable, frozen)}, batch.tokens, batch.mask)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        right = (jnp.argmax(logits, axis=1) == batch.labels).astype(jnp.float32)
-        return jnp.stack([right, losses]) @ batch.weights
+    def sums(trainable: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
+        return task.scores(jpeft.combine(trainable, frozen), batch)
 
-    def evaluate(trainable: Any, frozen: Any) -> tuple[float, float]:
-        total = sum(np.asarray(sums(trainable, frozen, batch), np.float64) for _, batch in texts.all_batches(size))
-        accuracy, loss = total / len(texts)
-        return float(accuracy), float(loss)
+    def evaluate(trainable: Any, frozen: Any) -> Row:
+        total, weight = Counter(), 0.0
+        for _, batch in task.evaluation.all_batches(size):
+            total.update({name: float(x) for name, x in sums(trainable, frozen, batch).items()})
+            weight += float(np.sum(batch.weights))
+        return task.metrics({name: x / weight for name, x in total.items()})
 
     return evaluate
-
-
-def features(encoder: nn.Module, params: Any, texts: Texts, size: int) -> np.ndarray:
-    """Features (texts, d): the mean of the encoder's outputs at every text's tokens."""
-
-    @jax.jit
-    def pooled(params: Any, batch: Batch) -> jax.Array:
-        weights = batch.mask / jnp.maximum(jnp.sum(batch.mask, axis=1, keepdims=True), 1)
-        return jnp.einsum("bl,bld->bd", weights, encoder.apply({"params": params}, batch.tokens, batch.mask))
-
-    found = np.zeros((len(texts), encoder.config.hidden_size), np.float32)
-    for rows, batch in texts.all_batches(size):
-        found[rows] = pooled(params, batch)[: len(rows)]
-    return found
 
 
 @contextlib.contextmanager
@@ -123,28 +124,48 @@ def interruptions() -> Iterator[Callable[[], bool]]:
 
 
 def train(
-    run: Run, start: int, state: State, *, frozen: Any, texts: Texts, arguments: Arguments,
-    step_fn: Callable, evaluate: Callable, report: Callable[[dict[str, Any]], None],
+    run: Run, start: int, state: State, *, frozen: Any, task: Task, arguments: Arguments,
+    step_fn: Callable, evaluate: Callable, report: Callable[[Row, int], None],
 ) -> State:  # fmt: skip
     """Make the steps after `start`; log, evaluate and save on the way.
 
     Raises `Interrupted` after a Ctrl-C, and a UserError for a loss that is not finite.
     """
-    schedule = learning_rate(arguments)
+    schedule, last = learning_rate(arguments), arguments.steps
+    size, parts = arguments.batch_size, arguments.accumulate
+    apart = lambda x: x.reshape(parts, size, *x.shape[1:])
+
+    def judge() -> None:
+        row = evaluate(state.trainable, frozen)
+        _check(done, row["evaluation_loss"])
+        report(run.log(step=done, **row), 0)
+        if arguments.patience and run.stale() == 0:
+            run.save(BEST, done, state.trainable)
+
+    def finished() -> bool:
+        return done >= last or (arguments.patience is not None and run.stale() >= arguments.patience)
+
+    done = start
     with interruptions() as interrupted:
-        for done in range(start + 1, arguments.steps + 1):
-            batch = texts.train_batch(done - 1, arguments.batch_size, arguments.seed)
-            state, loss = step_fn(state, frozen, batch)
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {done}; try a lower --learning-rate")
-            report(run.log(step=done, loss=float(loss), learning_rate=float(schedule(done - 1))))
-            last = done == arguments.steps
-            if last or done % arguments.eval_every == 0:
-                accuracy, loss = evaluate(state.trainable, frozen)
-                report(run.log(step=done, accuracy=accuracy, evaluation_loss=loss))
+        if not start:
+            judge()
+        while not finished():
+            batch = task.train.train_batch(done, parts * size, arguments.seed)
+            done += 1
+            state, loss = step_fn(state, frozen, jax.tree.map(apart, batch))
+            _check(done, loss)
+            row = run.log(step=done, loss=float(loss), learning_rate=float(schedule(done - 1)))
+            report(row, task.amount(batch))
+            if done == last or done % arguments.eval_every == 0:
+                judge()
             stop = interrupted()
-            if last or stop or done % arguments.save_every == 0:
-                run.save(done, state)
+            if finished() or stop or done % arguments.save_every == 0:
+                run.save(STATE, done, state)
             if stop:
                 raise Interrupted(done, run.directory)
     return state
+
+
+def _check(step: int, loss: Any) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at step {step}; try a lower --learning-rate")

@@ -1,10 +1,11 @@
-"""A BERT encoder of a few thousand random parameters, and texts that it can learn to tell apart."""
+"""A BERT encoder and a Llama of a few thousand random parameters, and texts that they can learn."""
 
 import json
 
 import jax
 import numpy as np
 import pytest
+from causal import PAIRS, save_llama, write_rows
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -70,6 +71,19 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """The directory of a causal model."""
+    return save_llama(tmp_path_factory.mktemp("causal") / "llama")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A file of 12 prompts and completions."""
+    rows = [{"prompt": f"{n}: {prompt}", "completion": answer} for n in range(3) for prompt, answer in PAIRS]
+    return write_rows(tmp_path_factory.mktemp("pairs") / "rows.jsonl", rows)
 
 
 @pytest.fixture(scope="session", autouse=True)

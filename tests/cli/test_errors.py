@@ -30,12 +30,12 @@ def files(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/precious").write_text("data")
     shutil.copytree(tiny_model, tmp_path / "model")
-    for name in ("untokenized", "truncated", "gpt", "words"):
+    for name in ("untokenized", "truncated", "strange", "words"):
         shutil.copytree(tiny_model, tmp_path / name)
     (tmp_path / "untokenized/tokenizer.json").unlink()
     (tmp_path / "truncated/model.safetensors").write_bytes(b"\0\0")
-    config = json.loads((tmp_path / "gpt/config.json").read_text())
-    (tmp_path / "gpt/config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    config = json.loads((tmp_path / "strange/config.json").read_text())
+    (tmp_path / "strange/config.json").write_text(json.dumps(config | {"model_type": "strange"}))
     tokenizer = Tokenizer.from_file(str(tmp_path / "words/tokenizer.json"))
     tokenizer.add_tokens(["one", "too", "many"])
     tokenizer.save(str(tmp_path / "words/tokenizer.json"))
@@ -60,20 +60,23 @@ GOOD = ("--model", "model", *DATA)
         (("--eval-data", "good.jsonl"), "--eval-data needs --data"),
         ((*GOOD, "--method", "lorra"), "unknown method 'lorra': did you mean lora"),
         ((*GOOD, "--method", "zzz"), "There are: lora, bitfit, norms"),
+        ((*GOOD, "--loss-on", "all", "--no-pack"), "--loss-on, --pack: not for classification models, which model is"),
         ((*GOOD, "--base", "nf5"), "unknown base 'nf5': did you mean nf4"),
         ((*GOOD, "--schedule", "linaer"), "unknown schedule 'linaer': did you mean linear"),
-        ((*GOOD, "--method", "full", "--base", "int8"), "--method full trains the kernels"),
+        ((*GOOD, "--method", "full", "--base", "int8"), "leaves none to --base int8: use --base float"),
         ((*GOOD, "--rank", "0"), "--rank must be 1 or more, not 0"),
+        ((*GOOD, "--accumulate", "0"), "--accumulate must be 1 or more, not 0"),
+        ((*GOOD, "--patience", "0"), "--patience must be 1 or more, not 0"),
         ((*GOOD, "--learning-rate", "nan"), "--learning-rate must be a positive number"),
         ((*GOOD, "--warmup", "1"), "--warmup is a share"),
         ((*GOOD, "--max-length", "41"), "--max-length 41 is more than the model's 40 positions"),
         ((*GOOD, "--method", "prompt", "--prompt-length", "25"), "--max-length 16 + --prompt-length 25 is more than"),
-        ((*GOOD, "--method", "last-layers", "--layers", "3"), "--layers 3"),
+        ((*GOOD, "--method", "last-layers", "--layers", "2"), "leaves none to --base nf4: use --base float"),
         ((*GOOD, "--method", "last-layers", "--layers", "3", "--base", "float"), "`k` is 3"),
-        ((*DATA, "--model", "missing"), "missing is no Hugging Face model directory"),
-        ((*DATA, "--model", "nothing"), "nothing is no Hugging Face model directory"),
-        ((*DATA, "--model", "gpt"), "model_type 'gpt2'"),
-        ((*DATA, "--model", "truncated"), "not a safetensors file"),
+        ((*DATA, "--model", "missing"), "missing has no config.json"),
+        ((*DATA, "--model", "nothing"), "nothing has no config.json"),
+        ((*DATA, "--model", "strange"), "model_type 'strange'; supported: "),
+        ((*DATA, "--model", "truncated"), "model.safetensors"),
         ((*DATA, "--model", "untokenized"), "untokenized has no tokenizer.json"),
         ((*DATA, "--model", "words"), "the tokenizer has 17 tokens, the model 14"),
         ((*GOOD, "--output", "taken"), "taken exists and is not empty"),
@@ -137,7 +140,9 @@ def test_help_lists_the_commands(argv, code, capsys):
 
 def test_unknown_command(capsys):
     assert main(["finetun"]) == 2
-    assert capsys.readouterr().err == "jpeft: unknown command 'finetun': did you mean finetune? There are: finetune\n"
+    error = capsys.readouterr().err
+    assert error.startswith("jpeft: unknown command 'finetun': did you mean finetune")
+    assert error.endswith("There are: finetune, generate, chat\n")
 
 
 def test_help_has_every_option(capsys):

@@ -7,14 +7,13 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jpeft
-from jpeft import models
 from jpeft.cli import _run, _train, main
 from jpeft.cli._arguments import Arguments
+from jpeft.cli._classification import Classification
 from jpeft.cli._methods import BASES, METHODS, resolve, transform
 
 
@@ -38,31 +37,24 @@ def arrays(directory):
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def restored(directory, tiny_model, method, base):
-    """The saved adapter, over a fresh base."""
-    arguments = resolve(Arguments(method=method, base=base, layers=1))
-    _, encoder, _ = models.load(tiny_model)
-    head = {"kernel": jnp.zeros((16, 2)), "bias": jnp.zeros(2)}
-    prepared = transform(arguments)({"encoder": encoder, "head": head})
-    return jpeft.restore(directory / "adapter", prepared)
-
-
-RUNS = [(method, None) for method in METHODS] + [("lora", base) for base in BASES if base != "nf4"]
+OFTEN = ("lora", "last-layers", "prompt", "full")
+RUNS = [(method, None) for method in OFTEN] + [("lora", base) for base in BASES if base != "nf4"]
+RUNS += [pytest.param(method, None, marks=pytest.mark.slow) for method in METHODS.keys() - set(OFTEN)]
 
 
 @pytest.mark.parametrize(("method", "base"), RUNS)
-def test_run_directory_is_complete(command, tmp_path, tiny_model, method, base, capsys):
-    options = ["--layers", "1"] if base is None else ["--base", base]
+def test_run_directory_is_complete(command, tmp_path, method, base, capsys):
+    options = ["--base", base] if base else ["--layers", "1", "--block", "4", "--rank", "4"]
     assert main([*command, *ONE_SHAPE, "--method", method, *options]) == 0
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {"adapter", "config.json", "curves.png", "metrics.jsonl", "state"}
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((run / "config.json").read_text())["arguments"]
-    base = base or ("float" if method == "full" else "nf4")
+    base = base or METHODS[method].base
     assert (config["method"], config["base"], config["steps"]) == (method, base, 9)
     found = rows(run)
     assert [row["step"] for row in found if "loss" in row] == list(range(1, 10))
-    assert [row["step"] for row in found if "evaluation_loss" in row] == [4, 8, 9]
+    assert [row["step"] for row in found if "evaluation_loss" in row] == [0, 4, 8, 9]
     assert found[-1]["adapter_bytes"] == sum(map(len, arrays(run / "adapter").values()))
     assert found[-1]["majority_accuracy"] == 0.5
     out = capsys.readouterr().out
@@ -75,14 +67,13 @@ def test_run_directory_is_complete(command, tmp_path, tiny_model, method, base, 
 def test_adapter_is_what_was_evaluated(command, tmp_path, tiny_model, data, method, base):
     options = ["--eval-data", str(data), "--method", method, "--base", base]
     assert main([*command, *ONE_SHAPE, *options]) == 0
-    params = restored(tmp_path / "run", tiny_model, method, base)
-    config, _, tokenizer = models.load(tiny_model)
-    tokenizer.enable_truncation(5)
-    given = [json.loads(line) for line in data.read_text().splitlines()]
-    encoded = tokenizer.encode_batch([row["text"] for row in given])
-    logits = jpeft.apply(models.Classifier(config, 2), {"params": params}, jnp.array([e.ids for e in encoded]))
-    right = [("fruit", "metal")[n] == row["label"] for n, row in zip(np.argmax(logits, axis=1), given, strict=True)]
-    assert np.mean(right) == pytest.approx(rows(tmp_path / "run")[-1]["accuracy"])
+    given = Arguments(model=tiny_model, data=data, eval_data=data, max_length=5, method=method, base=base)
+    task = Classification(arguments := resolve(given, Classification))
+    params = jpeft.restore(tmp_path / "run/adapter", transform(arguments, task)(task.params))
+    (_, batch), = task.evaluation.all_batches(60)
+    logits = jpeft.apply(task.model, {"params": params}, batch.tokens, batch.mask)
+    right = np.mean(np.argmax(logits, axis=1) == batch.labels)
+    assert right == pytest.approx(rows(tmp_path / "run")[-1]["accuracy"])
 
 
 def stop_after(step, monkeypatch, how):

@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from jpeft.cli._arguments import Arguments
-from jpeft.cli._train import interruptions, learning_rate, optimizer
+from jpeft.cli._errors import UserError
+from jpeft.cli._run import BEST, Run
+from jpeft.cli._train import State, interruptions, learning_rate, optimizer, train
 
 
 @pytest.fixture
@@ -26,6 +29,11 @@ def test_learning_rate_rises_and_decays(arguments, schedule, middle):
     np.testing.assert_allclose(rate(15), middle, rtol=1e-6)
     assert all(rate(n) > rate(n + 1) > 0 for n in range(5, 19))
     np.testing.assert_allclose(rate(20), 0, atol=1e-7)
+
+
+def test_a_constant_rate_rises_and_stays():
+    rate = learning_rate(Arguments(steps=20, warmup=0.25, learning_rate=2.0, schedule="constant"))
+    np.testing.assert_allclose([rate(n) for n in (0, 5, 12, 19)], [2.0 / 6, 2.0, 2.0, 2.0], rtol=1e-6)
 
 
 def test_first_step_is_adams(arguments):
@@ -55,3 +63,57 @@ def test_interruption_is_told_once_and_then_lets_go(before):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class Rows:
+    """Batches whose one number is that of the step."""
+
+    def train_batch(self, step, size, seed):
+        return np.full((size, 1), step, np.float32)
+
+
+@pytest.fixture
+def loop(tmp_path):
+    """Runs the loop with evaluations and losses as given; the state is the number of steps made."""
+    run = Run(tmp_path)
+
+    def go(evaluations, *, loss=lambda step: 1.0, start=0, **options):
+        given = Arguments(learning_rate=1.0, batch_size=2, accumulate=3, eval_every=2, save_every=100, **options)
+        task = SimpleNamespace(train=Rows(), amount=lambda batch: batch.size)
+        scripted = iter(evaluations)
+
+        def step(state, frozen, batch):
+            assert batch.shape == (3, 2, 1)
+            return State(state.trainable + 1, None), loss(int(batch[0, 0, 0]) + 1)
+
+        return train(
+            run, start, State(jnp.array(start), None), frozen=None, task=task, arguments=given, step_fn=step,
+            evaluate=lambda *_: {"evaluation_loss": next(scripted)}, report=lambda row, amount: None,
+        ).trainable  # fmt: skip
+
+    return run, go
+
+
+def test_patience_ends_a_run_and_keeps_the_best(loop):
+    run, go = loop
+    assert go([9.0, 5.0, 6.0, 5.0, 4.0], steps=100, patience=2) == 6
+    assert [row["step"] for row in run.evaluations()] == [0, 2, 4, 6]
+    assert run.best()["step"] == 2
+    assert run.read(BEST, jnp.array(0)) == (2, 2)
+    assert go([], steps=100, patience=2, start=6) == 6  # once more ended, it does not go on
+
+
+def test_without_patience_a_run_makes_all_steps(loop):
+    run, go = loop
+    assert go([1.0, 2.0, 3.0, 4.0], steps=5) == 5
+    assert [row["step"] for row in run.evaluations()] == [0, 2, 4, 5]
+    assert not (run.directory / BEST).exists()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_a_run(loop, bad):
+    _, go = loop
+    with pytest.raises(UserError, match=f"the loss is {bad} at step 3; try a lower --learning-rate"):
+        go([1.0, 1.0], steps=9, loss=lambda step: bad if step == 3 else 1.0)
+    with pytest.raises(UserError, match=f"the loss is {bad} at step 2"):
+        go([1.0, bad], steps=9)
