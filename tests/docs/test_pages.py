@@ -11,13 +11,14 @@ import pytest
 from test_examples import PAGES, ROOT, blocks
 
 import jpeft
+import jpeft.hf
 import jpeft.models
 
 
 DOCUMENTED = re.findall(r"^::: (jpeft\.\S+)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
 PUBLIC = {
     f"{module.__name__}.{name}": x
-    for module in (jpeft, jpeft.models)
+    for module in (jpeft, jpeft.hf, jpeft.models)
     for name, x in vars(module).items()
     if not name.startswith("_") and not inspect.ismodule(x)
 }
@@ -25,7 +26,8 @@ FAMILIES = ("selective", "reparam", "additive", "hybrid", "quantized", "optim")
 
 
 def is_method(x):
-    return inspect.isfunction(x) and x.__module__.split(".")[1] in FAMILIES
+    """Whether `x` is what `transform` makes of a function in one of the families."""
+    return inspect.isfunction(x) and hasattr(x, "__wrapped__") and x.__module__.split(".")[1] in FAMILIES
 
 
 def commands():
@@ -68,19 +70,29 @@ def test_every_make_target_exists():
 
 @pytest.fixture(scope="module")
 def options():
-    """The options of `jpeft finetune`, by its own help."""
-    program = [sys.executable, "-c", "from jpeft.cli import main; main()", "finetune", "--help"]
-    wide = os.environ | {"COLUMNS": "200"}
-    shown = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=wide, check=True)
-    return set(re.findall(r"--[a-z][a-z-]+", shown.stdout)) - {"--help", "--no-resume"}
+    """The options of every command, by its own help."""
+    found = {}
+    for command in ("finetune", "generate", "chat"):
+        program = [sys.executable, "-c", "from jpeft.cli import main; main()", command, "--help"]
+        wide = os.environ | {"COLUMNS": "200"}
+        shown = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=wide, check=True)
+        found[command] = set(re.findall(r"--[a-z][a-z-]+", shown.stdout)) - {"--help", "--no-resume"}
+    return found
+
+
+def documented(text):
+    """The options in the first column of a page's tables."""
+    cells = re.findall(r"^\| (`--[^|]*) \|", text, re.MULTILINE)
+    return set(re.findall(r"--[a-z-]+", " ".join(cells)))
 
 
 def test_every_option_is_documented(options):
-    assert set(re.findall(r"^\| `(--[a-z-]+)`", (ROOT / "docs/cli.md").read_text(), re.MULTILINE)) == options
+    finetune, others = (ROOT / "docs/cli.md").read_text().split("\n## Generate and chat\n")
+    assert documented(finetune) == options["finetune"]
+    assert documented(others) == options["generate"] | options["chat"]
 
 
 @pytest.mark.parametrize("line", sorted({line for line in commands() if line.startswith("jpeft ")}))
 def test_commands_have_options_that_exist(line, options):
     _, command, *rest = shlex.split(line)
-    assert command == "finetune"
-    assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= options
+    assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= options[command]

@@ -1,0 +1,25 @@
+import dataclasses
+import json
+
+import pytest
+from safetensors.numpy import save_file
+from tiny import TINY, Config
+
+from jpeft.hf import architectures
+
+
+@pytest.fixture(autouse=True)
+def tiny_architecture(monkeypatch):
+    monkeypatch.setitem(architectures.ARCHITECTURES, "tiny", TINY)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Writes a model directory of the given tensors, with these config fields changed."""
+
+    def write(arrays, **changed):
+        save_file(arrays, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(Config()) | changed))
+        return tmp_path
+
+    return write
