@@ -15,15 +15,18 @@ test: .venv/test
 slow: .venv/test
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "slow and not parity"
 
-# Everything that compares with PyTorch, transformers and PEFT themselves, rather than with files that they left.
+# What compares with PyTorch, transformers and PEFT, with fixtures that these make anew, and with themselves.
 parity: .venv/parity
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m parity
+	rm -rf .parity && cp -R tests .parity
+	set -e; for script in .parity/fixtures/make_*.py; do $(BIN)/python $$script; done
+	cd .parity && ../$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow or parity" -p no:cacheprovider \
+		hf models reparam additive generation test_peft_layers.py cli/test_end_to_end.py
 
 docs: .venv/docs
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf .venv site build *.egg-info
+	rm -rf .venv .parity site build *.egg-info
 
 .venv/made:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "jpeft needs Python 3.11 or newer; name one: make PYTHON=..."'

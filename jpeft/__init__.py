@@ -1,5 +1,7 @@
 """jpeft: parameter-efficient fine-tuning, as functions from a parameter tree to a parameter tree."""
 
+from . import hf as hf
+from . import models as models
 from ._apply import Coverage as Coverage
 from ._apply import UnusedNodeError as UnusedNodeError
 from ._apply import apply as apply

@@ -143,12 +143,13 @@ def _commit(directory: Path, manifest: dict[str, Json]) -> None:
     new.write_text(dumps(manifest | {"digest": _digest(manifest)}))
     slot = directory / manifest["slot"]
     for file in (new, *slot.rglob("*"), slot, directory):  # Orbax flushes only some of its files
-        _flush(file)
+        flush(file)
     os.replace(new, directory / MANIFEST)
-    _flush(directory)
+    flush(directory)
 
 
-def _flush(file: Path) -> None:
+def flush(file: Path) -> None:
+    """Wait until a file, or a directory, is on the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

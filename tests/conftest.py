@@ -1,6 +1,14 @@
+import importlib.metadata
+import os
+
 import jax
 import pytest
 
+
+# Most of the tests' time is compiling, and their programs are small: they need not be fast.
+jax.config.update("jax_disable_most_optimizations", True)
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # another XLA may not know the flag, and ends the process
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

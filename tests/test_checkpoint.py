@@ -322,7 +322,7 @@ def test_interrupted_save(tmp_path, monkeypatch, where, there, error):
     owner, name = {
         "Orbax starts": (ocp.StandardCheckpointer, "save"),
         "Orbax writes": (ocp.StandardCheckpointHandler, "async_save"),
-        "manifest": (_storage, "_flush"),
+        "manifest": (_storage, "flush"),
         "commit": (os, "replace"),
     }[where]
     with monkeypatch.context() as patch:

@@ -1,4 +1,7 @@
-"""Every law, for every row of the table of methods, on float, int8 and nf4 bases, unrolled and scanned."""
+"""Every law, for every row of the table of methods, on float, int8 and nf4 bases, unrolled and scanned.
+
+Scanned float bases and int8 ones are slow tests, but for LoRA.
+"""
 
 import pytest
 from methods import METHODS
@@ -8,7 +11,10 @@ from jpeft.testing import LAWS, cases, subject
 
 def case(method, law, base, scan):
     name = f"{method.name}-{law}-{base}-{'scanned' if scan else 'unrolled'}"
-    return pytest.param(method, law, base, scan, id=name, marks=pytest.mark.xdist_group(method.name))
+    marks = [pytest.mark.xdist_group(method.name)]
+    if (base, scan) in (("float", True), ("int8", False)) and method.name != "lora":
+        marks.append(pytest.mark.slow)
+    return pytest.param(method, law, base, scan, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(

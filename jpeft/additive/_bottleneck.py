@@ -100,22 +100,22 @@ def bottleneck(
     if not callable(getattr(jax.nn, phi, None)):
         raise ValueError(f"`jax.nn` has no activation {phi!r}.")
 
-    def new(key, d_in, d_out, *, width, scale, dropout):
+    def new(key, features_in, features_out, *, width, scale, dropout):
         if width < 1 or not 0 <= dropout < 1:
             raise ValueError(f"A bottleneck has a width of at least 1 and dropout in [0, 1), not {width=}, {dropout=}.")
-        d_in = d_in if parallel else d_out
+        features_in = features_in if parallel else features_out
         key_down, key_up = jax.random.split(key)
         if init == "zero":
-            down = jax.random.uniform(key_down, (d_in, width), minval=-1.0, maxval=1.0) / d_in**0.5
-            up = jnp.zeros((width, d_out))
+            down = jax.random.uniform(key_down, (features_in, width), minval=-1.0, maxval=1.0) / features_in**0.5
+            up = jnp.zeros((width, features_out))
         else:
-            down = 1e-3 * jax.random.truncated_normal(key_down, -2.0, 2.0, (d_in, width))
-            up = 1e-3 * jax.random.truncated_normal(key_up, -2.0, 2.0, (width, d_out))
+            down = 1e-3 * jax.random.truncated_normal(key_down, -2.0, 2.0, (features_in, width))
+            up = 1e-3 * jax.random.truncated_normal(key_up, -2.0, 2.0, (width, features_out))
         return Bottleneck(
             down=down,
             down_bias=jnp.zeros(width),
             up=up,
-            up_bias=jnp.zeros(d_out),
+            up_bias=jnp.zeros(features_out),
             scale=factor if scale is None else scale,
             activation=phi,
             parallel=parallel,

@@ -13,6 +13,7 @@ from .._apply import sites as sites_of
 from .._node import Additive, Static, Trainable, widened
 from .._targets import Call, Sites, Targets, named_leaves, select
 from .._tree import Params, default, place, transform
+from ..models._masks import default_positions
 from ._room import check_limit, positions
 
 
@@ -54,18 +55,12 @@ class Shift(Additive):
 
 
 def _positions(arguments: Mapping[str, Any]) -> jax.Array:
-    """The position ids that a model is called with, or else 0, 1, ..., on from a cache's end, anew in every segment."""
+    """The position ids that a model is called with, or else those that it would take by itself."""
     given, segments, cache = (arguments.get(name) for name in ("position_ids", "segment_ids", "cache"))
     if given is not None:
         return given
     ids = next(x for x in arguments.values() if getattr(x, "ndim", 0) == 2)
-    found = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    if cache is not None:
-        found += cache.end
-    if segments is not None:
-        starts = jnp.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (1, 0)])
-        found -= jax.lax.cummax(jnp.where(starts, found, 0), axis=1)
-    return found
+    return default_positions(ids.shape[1], segments, cache)
 
 
 ATTENTION = r"(.*/)?(attention|self_attention|self_attn|attn)/kv"

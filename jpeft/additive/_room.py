@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._node import Additive, Static, value
+from ..models._loss import IGNORED
 
 
 class Opened(NamedTuple):
@@ -112,7 +113,7 @@ def _widened(name: str, x: jax.Array, tokens: int, length: int) -> jax.Array:
     return jnp.pad(x, before(1), mode="edge")
 
 
-FRONT = {"labels": -100, "segment_ids": -1}  # not predicted; of no segment, but seen by all
+FRONT = {"labels": IGNORED, "segment_ids": -1}  # of no segment, but seen by all
 
 
 def positions(leaves: Mapping[str, Any]) -> dict[str, int]:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._node import Additive, Node, Reparam, rebox, value
+from .._manifest import is_form
+from .._node import Additive, Leaf, Node, Reparam, rebox, value
 from .._shared import share
 from .._tree import Params, place, put
 from ..selective._unfreeze import Free
@@ -66,10 +67,10 @@ def load_adapter(name: str | Path, params: Params, *, model: nn.Module | None = 
     nodes = _reading.nodes_at(found, tree) if not found.faults else {}
     if found.faults:
         raise _refusal(directory, found.faults)
-    params = _placed(params, nodes, found, tree, form)
-    if form.wide is None:
-        return params
     try:
+        params = _placed(params, nodes, found, tree, form)
+        if form.wide is None:
+            return params
         return form.wide.put(params, tree, filled, {name: jnp.asarray(x) for name, x in found.wide.items()})
     except ValueError as error:
         raise _refusal(directory, [str(error)]) from None
@@ -86,6 +87,8 @@ def _of_peft(directory: Path, config: Config) -> tuple[Format, Config, list[str]
     if form is None:
         raise ValueError(f"{directory} has peft_type {kind!r}; supported: {', '.join(sorted(FORMATS))}.")
     filled, faults = fill(config, form.fields, form.unused)
+    if (bias := filled.get("bias", "none")) not in ("none", "all", form.bias):
+        faults.append(f"bias = {bias!r}: it must be one of {['none', 'all', *filter(None, [form.bias])]}")
     faults = faults or pattern_faults(filled, form.patterns, form.fields)
     return form, filled, faults or form.check(filled)
 
@@ -120,6 +123,9 @@ def _placed(params: Params, nodes: dict[str, list[Node]], found: _reading.Readin
     new = {path: _reading.array(tree.leaves[path], group) for path, group in _reading.by_path(found.plain).items()}
     train = {m.path for m in found.declared} if form.nodes else {*new}
     frozen = {path: x for path, x in new.items() if path not in train and not _is(tree.leaves[path], x)}
+    held = [path for path in frozen if isinstance(tree.leaves[path], Leaf) and not is_form(tree.leaves[path])]
+    if held:
+        raise ValueError(f"the file has another {', '.join(held)} than what the nodes in the tree are over, or train")
     kept = {path: functools.partial(_unchanged, x=x) for path, x in frozen.items()}
     params = put(params, kept, over_nodes=True)
     free = {path: lambda old, x=x: Free(array=rebox(old, jnp.asarray(x))) for path, x in new.items() if path in train}
@@ -142,7 +148,9 @@ def _unchanged(old: Any, x: np.ndarray) -> Any:
 
 
 def _is(leaf: Any, x: np.ndarray) -> bool:
-    """Whether a parameter is this array, as far as its dtype tells."""
+    """Whether a parameter, or what nodes are over, is this array, as far as its dtype tells."""
+    while isinstance(leaf, Reparam):
+        leaf = leaf.base
     base = np.asarray(value(leaf))
     return bool(np.array_equal(base, x.astype(base.dtype)))
 

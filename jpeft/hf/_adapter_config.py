@@ -2,6 +2,7 @@
 
 import collections
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -33,9 +34,11 @@ def fill(config: Config, fields: Mapping[str, Any], unused: Iterable[str]) -> tu
         if name in fields:
             if x is not None and not _of_type(x, fields[name]):
                 faults.append(f"{name} = {x!r}: it must be like {fields[name]!r}")
+            elif x is not None and name.endswith("dropout") and not 0 <= x < 1:
+                faults.append(f"{name} = {x!r}: from 0 to below 1")
         elif name not in COMMON and name not in unused and x not in (None, False, "", "none", [], {}):
             faults.append(f"{name} = {x!r}: {REASONS.get(name, 'this field is not understood')}")
-    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+    for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
         if not _is_names(config.get(name)):
             faults.append(f"{name} = {config[name]!r}: it must be a list of names")
     if not isinstance(layers := config.get("layers_to_transform"), list | int | None):
@@ -48,8 +51,13 @@ def _of_type(x: Any, default: Any) -> bool:
     if isinstance(default, bool) or isinstance(x, bool):
         return type(x) is type(default) or default is None
     if isinstance(default, float):
-        return isinstance(x, int | float)
+        return is_number(x)
     return default is None or isinstance(x, type(default))
+
+
+def is_number(x: Any) -> bool:
+    """Whether it is a number that a float holds: JSON has NaN, infinity, and integers of any length, too."""
+    return type(x) in (int, float) and abs(x) <= sys.float_info.max
 
 
 def _is_names(x: Any) -> bool:

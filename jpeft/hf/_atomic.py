@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from .._storage import flush
+
 
 @contextlib.contextmanager
 def whole(directory: str | Path, *, mark: str, overwrite: bool) -> Iterator[Path]:
@@ -24,25 +26,17 @@ def whole(directory: str | Path, *, mark: str, overwrite: bool) -> Iterator[Path
         raise FileExistsError(f"{directory} has no {mark}: it is nothing that could be replaced. Name another.")
     if taken and not overwrite:
         raise FileExistsError(f"There is something at {directory}. Pass `overwrite=True` to replace it as a whole.")
-    hidden = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
-    new, old = hidden.with_suffix(".new"), hidden.with_suffix(".old")
+    hidden = f".{directory.name}.{secrets.token_hex(4)}"  # another each time: what an interruption leaves is in no way
+    new, old = directory.with_name(f"{hidden}.new"), directory.with_name(f"{hidden}.old")
     new.mkdir(parents=True)
     try:
         yield new
         for path in [*new.rglob("*"), new]:
-            _flush(path)
+            flush(path)
         if taken:
             os.rename(directory, old)
         os.rename(new, directory)
-        _flush(directory.parent)
+        flush(directory.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
+Fields = Mapping[str, Any]  # of a config.json
+
 # Of every model: training, generation, and how the file was written. Fields that begin with "_" are the writer's own.
 HARMLESS = frozenset(
     """
@@ -18,7 +20,7 @@ HARMLESS = frozenset(
 
 
 def check(
-    fields: Mapping[str, Any],
+    fields: Fields,
     *,
     known: Iterable[str],
     harmless: Iterable[str] = (),
@@ -46,12 +48,12 @@ def check(
         raise ValueError(f"config.json has fields that this model does not support: {'; '.join(refused)}")
 
 
-def architecture(fields: Mapping[str, Any], default: str) -> str:
+def class_of(fields: Fields, default: str) -> str:
     """The class of transformers that the file is of."""
     return (fields.get("architectures") or [default])[0]
 
 
-def label_names(fields: Mapping[str, Any], num_labels: int | None) -> tuple[int, tuple[str, ...]]:
+def label_names(fields: Fields, num_labels: int | None) -> tuple[int, tuple[str, ...]]:
     """How many labels there are, and their names: those of the file, unless another number is asked for."""
     named = fields.get("id2label") or {}
     names = tuple(str(named[i]) for i in sorted(named, key=int))

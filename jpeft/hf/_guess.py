@@ -37,16 +37,18 @@ def guess(leaves: Mapping[str, Any], named: Callable, names: Iterable[str]) -> A
     """
     names = [name for name in names if "." in name]
     found: dict[tuple[str, ...], tuple[Any, list[str]]] = {}
-    for kind, architecture, model in _candidates():
-        tree = _named(named, architecture, architecture.rows(model))
-        key = tree and tuple(sorted(m.parameter for m in tree.today))
-        if key in found or (key and _is(architecture, model, leaves)):
+    for kind, architecture, model in _candidates(fused=any("qkv/" in path for path in leaves)):
+        rows = architecture.rows(model)
+        joined = any(row.sizes for row in rows)  # in sizes that its own config tells alone
+        tree = None if joined else _named(named, architecture, rows)
+        key = tuple(sorted(m.parameter for m in tree.today)) if tree else ()
+        if (key and key in found) or ((key or joined) and _is(architecture, model, leaves)):
             found.setdefault(key, (tree, []))[1].append(kind)
     if not found and (tree := _named(named, *_flax(leaves))):
         return tree
     score = {key: _known(tree, names) for key, (tree, _) in found.items()}
     best = [found[key] for key, count in score.items() if count == max(score.values())]
-    if len(best) == 1:
+    if len(best) == 1 and best[0][0] is not None:
         return best[0][0]
     if best:
         kinds = "; ".join(", ".join(dict.fromkeys(kinds)) for _, kinds in best)
@@ -67,6 +69,8 @@ def _named(named: Callable, architecture: Architecture, rows: Iterable[Row]) -> 
 
 
 def _known(tree: Any, names: list[str]) -> int:
+    if tree is None:
+        return 0
     spelling = tree.spelling(names)
     return sum(bool(tree.heads(spelling.ours(name))) for name in names)
 
@@ -79,16 +83,17 @@ def _is(architecture: Architecture, model: nn.Module, leaves: Mapping[str, Any])
     return head(own) == head(theirs) and all(path.endswith("bias") for path in own - theirs)
 
 
-def _candidates() -> Iterator[tuple[str, Architecture, nn.Module]]:
+def _candidates(*, fused: bool) -> Iterator[tuple[str, Architecture, nn.Module]]:
+    options = [{"head": head} if head else {} for head in _HEADS] + [{"fused": True}] * fused
     for kind, architecture in architectures.ARCHITECTURES.items():
-        ways = itertools.product(_KINDS, _TIED, _HEADS)
-        models = (_build(kind, architecture, {**fields, **tied}, head) for fields, tied, head in ways)
+        ways = itertools.product(_KINDS, _TIED, options)
+        models = (_build(kind, architecture, {**fields, **tied}, own) for fields, tied, own in ways)
         yield from ((kind, architecture, model) for model in dict.fromkeys(models) if model is not None)
 
 
-def _build(kind: str, architecture: Architecture, fields: Mapping[str, Any], head: str | None) -> nn.Module | None:
+def _build(kind: str, architecture: Architecture, fields: Mapping[str, Any], options: dict) -> nn.Module | None:
     try:
-        return architecture.build({"model_type": kind, **fields}, **({"head": head} if head else {}))
+        return architecture.build({"model_type": kind, **fields}, **options)
     except (ValueError, TypeError, KeyError):
         return None
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..reparam._dora import DoRA
 from ..reparam._lora import LoRA
+from ._adapter_config import is_number
 from ._modules import Module
 from ._tree import Tree
 from .formats._format import Config, Format, Shapes, Tensors
@@ -31,8 +32,8 @@ def own_config(config: Mapping[str, Any]) -> tuple[Config, list[str]]:
     scale, dropout = (given.get("scale", 20.0), given.get("dropout", 0.0)) if isinstance(given, dict) else (None, None)
     kind = config.get("fine_tune_type", "lora")
     faults = [] if kind in ("lora", "dora", "full") else [f"fine_tune_type = {kind!r}: 'lora', 'dora' or 'full'"]
-    if not all(type(x) in (int, float) for x in (scale, dropout)):
-        faults.append(f"lora_parameters = {given!r}: scale and dropout must be numbers")
+    if not (is_number(scale) and is_number(dropout) and 0 <= dropout < 1):
+        faults.append(f"lora_parameters = {given!r}: scale and dropout must be numbers, the dropout from 0 to below 1")
     return {"scale": scale, "dropout": dropout, "kind": kind}, faults
 
 

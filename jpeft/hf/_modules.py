@@ -66,6 +66,11 @@ class Module:
         return math.prod(self._sizes("ihw"))
 
     @property
+    def channels(self) -> int:
+        """Its inputs at one position of the window."""
+        return math.prod(self._sizes("i"))
+
+    @property
     def outputs(self) -> int:
         return math.prod(self._sizes("o"))
 

@@ -19,7 +19,7 @@ import numpy as np
 CANONICAL = "ehwio"
 
 NO_HEAD = r"(?!)"  # matches nothing
-TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+TOKEN_IDS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Architecture:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     head: str = NO_HEAD
-    inputs: Callable[[nn.Module], dict[str, jax.ShapeDtypeStruct]] = lambda model: {"input_ids": TOKENS}
+    inputs: Callable[[nn.Module], dict[str, jax.ShapeDtypeStruct]] = lambda model: {"input_ids": TOKEN_IDS}
 
 
 def linear(ours: str, *theirs: str, letters: str = "oi", module: str = "") -> tuple[Row, Row]:

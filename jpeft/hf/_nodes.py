@@ -9,8 +9,7 @@ import numpy as np
 
 from .._node import Node, Role
 from .._shared import Ref
-from ..additive._beft import BEFT
-from ..reparam._lora import LoRA
+from ._joints import JOINTS, Joint
 from ._modules import Module
 
 
@@ -50,65 +49,33 @@ def _static(node: Node) -> tuple:
 
 def _side_by_side(nodes: list[Any], parts: Sequence[Module]) -> Any:
     """The node of kernels that are joined along their outputs."""
-    if len(parts) == 1:
-        return nodes[0]
     there = [node for node in nodes if node is not None]
-    if not there:
-        return None
-    kinds = {type(node) for node in there}
-    if kinds == {LoRA}:
-        return _lora_side_by_side(nodes, parts)
-    if kinds == {BEFT}:
-        none = lambda m: np.zeros(m.outputs, there[0].bias.dtype)
-        biases = [none(m) if node is None else node.bias for node, m in zip(nodes, parts, strict=True)]
-        return there[0].replace(bias=np.concatenate(biases))
+    if len(parts) == 1 or not there:
+        return nodes[0]
+    if joint := _joint(there):
+        return joint.join(nodes, parts)
     names = ", ".join(m.name for m in parts)
-    raise ValueError(f"the tree has {names} as one kernel, of which there is no {there[0].__class__.__name__} that is "
+    raise ValueError(f"the tree has {names} as one kernel, of which there is no {type(there[0]).__name__} that is "
                      "theirs. Load the model without `fused`")  # fmt: skip
 
 
-def _lora_side_by_side(nodes: list[LoRA | None], parts: Sequence[Module]) -> LoRA:
-    """[A1 A2 ...] and a block-diagonal B: ranks add up. Zeros are where one of the kernels has no node."""
-    there = [node for node in nodes if node is not None]
-    scale, dtype = there[0].scale, there[0].b.dtype
-    ranks = [0 if node is None else node.a.shape[-1] for node in nodes]
-    b = np.zeros((sum(ranks), sum(m.outputs for m in parts)), dtype)
-    row = column = 0
-    for node, rank, m in zip(nodes, ranks, parts, strict=True):
-        if node is not None:
-            b[row : row + rank, column : column + m.outputs] = node.b * np.asarray(node.scale / scale, dtype)
-        row, column = row + rank, column + m.outputs
-    return there[0].replace(a=np.concatenate([node.a for node in there], axis=-1), b=b)
-
-
 def _alike(nodes: list[Any]) -> list[Any]:
-    """Nodes of one shape for all layers, where there is an exact way: zeros for LoRA and its biases.
-
-    A column of A and a row of B that are both zero have no gradient: they stay zero in training.
-    """
+    """Nodes of one shape for all layers, where there is an exact way."""
     there = [node for node in nodes if node is not None]
-    kinds = {type(node) for node in there}
-    if len(there) == len(nodes) and kinds != {LoRA}:
+    if joint := _joint(there):
+        return joint.fill(nodes)
+    if len(there) == len(nodes):
         return nodes
-    if kinds == {BEFT}:
-        return [there[0].replace(bias=np.zeros_like(there[0].bias)) if x is None else x for x in nodes]
-    if kinds != {LoRA}:
-        raise ValueError(
-            f"the adapter has {there[0].__class__.__name__} at some of the layers alone, and the tree has them in one "
-            "stack. Load the model without `scan`"
-        )
-    if len({node.scale for node in there}) > 1:
-        raise ValueError(
-            "its layers have different scales, and the tree has them in one stack. Load the model without `scan`"
-        )
-    rank = max(node.a.shape[-1] for node in there)
-    return [_padded(there[0], 0, rank) if node is None else _padded(node, node.a.shape[-1], rank) for node in nodes]
+    raise ValueError(
+        f"the adapter has {type(there[0]).__name__} at some of the layers alone, and the tree has them in one "
+        "stack. Load the model without `scan`"
+    )
 
 
-def _padded(node: LoRA, own: int, rank: int) -> LoRA:
-    """The node with the first `own` of its ranks, and zeros up to `rank`."""
-    grow = lambda x, axis: np.pad(x, [(0, rank - own if n == axis else 0) for n in range(x.ndim)])
-    return node.replace(a=grow(node.a[..., :own], node.a.ndim - 1), b=grow(node.b[..., :own, :], node.b.ndim - 2))
+def _joint(nodes: list[Any]) -> Joint | None:
+    """How these nodes are joined; `None` where they cannot be, or are of several classes."""
+    kinds = {type(node) for node in nodes}
+    return JOINTS.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def part_of(node: Any, m: Module) -> Any:
@@ -119,25 +86,12 @@ def part_of(node: Any, m: Module) -> Any:
     bare = node.replace(base=None) if "base" in node.roles else node
     of_index = lambda x: x if isinstance(x, Ref) else np.asarray(x)[m.index]
     part = jax.tree.map(of_index, bare, is_leaf=lambda x: isinstance(x, Ref))
+    joint = JOINTS.get(type(node))
     if m.at is not None:
-        part = _columns(part, m)
+        if joint is None:
+            raise ValueError(
+                f"{type(node).__name__} at a kernel that the checkpoint has as several: LoRA alone can be divided"
+            )
+        part = joint.divide(part, slice(*m.at))
     part = _with_axes(part, m.axes[len(m.index) :])
-    return _living(part) if m.index and isinstance(part, LoRA) else part
-
-
-def _columns(node: Any, m: Module) -> Any:
-    """The node of some of the outputs: A is that of all."""
-    if isinstance(node, LoRA):
-        return node.replace(b=node.b[..., slice(*m.at)])
-    if isinstance(node, BEFT):
-        return node.replace(bias=node.bias[..., slice(*m.at)])
-    raise ValueError(f"{type(node).__name__} at a kernel that the checkpoint has as several: LoRA alone can be divided")
-
-
-def _living(node: LoRA) -> LoRA | None:
-    """Without the ranks at which A and B are both zero, as those are that a layer without a node was filled with."""
-    others = tuple(range(node.a.ndim - 2))
-    alive = np.any(node.a != 0, axis=(*others, -2)) | np.any(node.b != 0, axis=(*others, -1))
-    if not alive.any():
-        return None
-    return node.replace(a=node.a[..., alive], b=node.b[..., alive, :])
+    return joint.trim(part) if m.index and joint else part

@@ -6,17 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from .._node import Additive, Node, value
 from ..selective._tokens import Tokens
 from ._adapter_config import selector
+from ._joints import wider
 from ._modules import Module
 from ._nodes import whole_node
 from ._tree import Spelling, Tree
 from .formats import WITHIN
-from .formats._experts import unnested
+from .formats._experts import named, targeted, unnested
 from .formats._format import Config, Format, Tensors
 
 
@@ -131,7 +131,10 @@ def misfits(prefix: str, expected: Mapping[str, tuple[int, ...]], tensors: Tenso
 
 
 def _check_targets(form: Format, config: Config, tree: Tree, spelling: Spelling, found: Reading) -> None:
-    """That every module is there which the config names."""
+    """That every module is there which the config names, and no other."""
+    parameters = config.get("target_parameters") or []
+    experts = [m for group in targeted(parameters, tree).values() for m in group if m not in found.nodes]
+    found.faults += [f"missing: the tensors at {m.name}, which target_parameters names" for m in experts]
     chosen = selector(config)
     if chosen is None:
         return
@@ -141,6 +144,10 @@ def _check_targets(form: Format, config: Config, tree: Tree, spelling: Spelling,
         renamed = m.path in there and there[m.path] not in tree.at[m.path]  # found under a former name
         if absent and not renamed and form.on(m) and chosen(spelling.theirs(m.name)):
             found.faults.append(f"missing: the tensors at {m.name}, which target_modules names")
+    for m, nodes in found.nodes.items():
+        tokens = any(isinstance(node, Tokens) for node in nodes)  # named by fields of their own
+        if nodes and not (tokens or named(m.parameter, parameters) or chosen(spelling.theirs(m.name))):
+            found.faults.append(f"unexpected: the tensors at {m.name}, which target_modules does not name")
 
 
 def _check_plain(form: Format, config: Config, tree: Tree, spelling: Spelling, found: Reading) -> None:
@@ -186,9 +193,9 @@ def by_path(given: Mapping[Module, Any]) -> dict[str, dict[Module, Any]]:
 def array(leaf: Any, given: Mapping[Module, np.ndarray]) -> np.ndarray:
     """A parameter with the parts that an adapter has; the others stay as they are in the tree."""
     base = np.asarray(value(leaf))
-    dtype = jnp.result_type(*{x.dtype for x in given.values()})
+    dtype = wider(*{x.dtype for x in given.values()})
     if sum(x.size for x in given.values()) < base.size:
-        dtype = jnp.promote_types(dtype, base.dtype)
+        dtype = wider(dtype, base.dtype)
     whole = base.astype(dtype)
     for m, x in given.items():
         m.put(whole, x)

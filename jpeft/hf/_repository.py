@@ -15,6 +15,7 @@ WANTED = [
     "model.safetensors.index.json",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "adapters.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -24,6 +24,7 @@ from ._atomic import whole
 from ._load import parameter_shapes
 from ._names import Architecture, Index, outputs, parts, places, to_theirs
 from ._progress import progress
+from ._repository import file
 from ._safetensors import most_common, write
 
 
@@ -60,8 +61,9 @@ def save(
 
     **Warns** of quantized kernels: what their rounding lost is not found again.
 
-    **Raises** `FileExistsError` for what is there already, and `ValueError`, all at once, for parameters that the model
-    does not have, lacks or has in another shape, and for nodes that act on activations.
+    **Raises** `FileExistsError` for what is there already, `FileNotFoundError` for a tokenizer's directory that is not
+    there, and `ValueError`, all at once, for parameters that the model does not have, lacks or has in another shape,
+    and for nodes that act on activations.
     """
     architecture = _architecture(model)
     plain = jax.eval_shape(lambda params: jax.tree.map(value, merge(params), is_leaf=is_param), params)
@@ -166,7 +168,9 @@ def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
 
 def _write_tokenizer(directory: Path, tokenizer: "Tokenizer | str | Path | None") -> None:
     if isinstance(tokenizer, str | Path):
-        for source in filter(Path.is_file, (Path(tokenizer) / name for name in TEXT_FILES)):
+        if not Path(tokenizer).is_dir():
+            raise FileNotFoundError(f"{tokenizer} is no directory that a tokenizer could be copied from.")
+        for source in filter(None, (file(Path(tokenizer), name) for name in TEXT_FILES)):
             shutil.copyfile(source, directory / source.name)
     elif tokenizer is not None:
         tokenizer.save(str(directory / "tokenizer.json"))

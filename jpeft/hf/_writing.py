@@ -12,6 +12,7 @@ from .._tree import Params, modules, shared_arrays
 from ..selective._tokens import Tokens
 from ..selective._unfreeze import Free
 from ._adapter_config import merged, shortened
+from ._free import parameters
 from ._modules import Module
 from ._nodes import part_of
 from ._reading import TIED
@@ -62,7 +63,10 @@ def write(params: Params, tree: Tree, task_type: str | None = None) -> Writing:
         inner = isinstance(own[0], Tokens) and form is not TOKENS
         _write_nodes(TOKENS_WITHIN if inner else form, path, own, out)
     _write_config(form, out)
-    _write_free(form, free, out)
+    tensors, config, faults = parameters(form, free, out.adapted, tree)
+    out.tensors |= tensors
+    out.config |= config
+    out.faults += faults
     _write_shared(form, params, nodes, out)
     prefix = "base_model." if wide else "base_model.model."
     out.tensors = {prefix + name: x for name, x in out.tensors.items()} | out.shared
@@ -84,7 +88,7 @@ def _found(
             free.add(path)
         elif isinstance(leaf, Leaf) and not is_form(leaf):
             nodes[path].append(leaf)
-            if isinstance(leaf, Reparam) and isinstance(leaf.base, Reparam):
+            if isinstance(leaf, Reparam) and isinstance(leaf.base, Leaf) and not is_form(leaf.base):
                 faults.append(f"{path}: {type(leaf).__name__} over {type(leaf.base).__name__}; PEFT has one of them")
     for owner, own in modules(params).items():
         for name, node in beside(own):
@@ -125,6 +129,8 @@ def _write_nodes(form: Format, path: str, own: list[Node], out: Writing) -> None
             parts = [part for node in own if (part := part_of(node, m)) is not None]
             if not parts or not any(isinstance(part, form.nodes) for part in parts):
                 continue
+            if len(parts) > 2 or not all(isinstance(part, form.beside) for part in parts[1:]):
+                raise ValueError(f"{', '.join(type(part).__name__ for part in parts)}; PEFT has one of them")
             tensors, out.fields[form.ends[0]][m.name] = form.write(m, parts)
         except ValueError as error:
             out.faults.append(f"{path}: {error}")
@@ -180,61 +186,3 @@ def _write_shared(form: Format, params: Params, nodes: dict[str, list[Node]], ou
         if len(refs) > 1:
             out.faults.append(f"{field}: PEFT has one {name} for all modules, and here there are {len(refs)}")
         out.shared[f"base_model.{name}"] = np.asarray(shared_arrays(params)[refs.pop().name]).T
-
-
-def _write_free(form: Format, free: set[str], out: Writing) -> None:
-    """Parameters that train themselves: as norms, as biases, or else with all of their module."""
-    chosen = {m for path in free for m in out.tree.at[path]}
-    if form is NORMS:
-        _write_norms(chosen, out)
-        return
-    adapted = {m.owner for m in out.adapted}
-    biases = {m for m in out.tree.today if m.is_bias}
-    near = {m for m in biases if m.owner in adapted}
-    whole = {m for m in chosen if {x for x in out.tree.today if x.owner == m.owner} <= chosen}
-    left = {m for m in chosen & biases if m not in whole}
-    saved = chosen - left
-    if left and form.bias:
-        out.config["bias"] = form.bias if left <= near else "all"
-        left = near if left <= near else biases
-    else:
-        saved, left = saved | left, set()
-    names = _closed({m.parameter.rpartition(".")[0] for m in saved}, out.tree)
-    saved = {m for m in out.tree.today if any(f"{m.parameter}.".startswith(f"{name}.") for name in names)}
-    out.faults += [f"{m.path}: a parameter trains beside an adapter on it" for m in saved if m.owner in adapted]
-    out.faults += [f"{m.path}: {TIED}" for m in saved if out.tree.is_tied(m)]
-    if names:
-        out.config["modules_to_save"] = names
-    for m in left | saved:
-        module, _, last = m.parameter.rpartition(".")
-        wrapper = ".base_layer" if m.owner in adapted else ""
-        out.tensors[f"{module}{wrapper}.{last}"] = m.take(np.asarray(value(out.tree.leaves[m.path])))
-
-
-def _write_norms(chosen: set[Module], out: Writing) -> None:
-    norms = {path.rpartition("/")[0] for path in out.tree.leaves if path.endswith("/scale") or path == "scale"}
-    others = sorted(m.path for m in chosen if m.owner not in norms)
-    if others:
-        out.faults.append(
-            f"these parameters train, and no adapter is there that they could be saved with: {', '.join(others[:8])}. "
-            "`jpeft.hf.save` writes the whole model"
-        )
-    owners = {m.owner for m in chosen}
-    own = [m for m in out.tree.today if m.owner in owners]
-    names = lambda modules: {m.parameter.rpartition(".")[0] for m in modules}
-    out.config["target_modules"] = shortened(names(own), names(out.tree.today))
-    for m in own:
-        module, _, last = m.parameter.rpartition(".")
-        out.tensors[f"{module}.ln_tuning_layers.{last}"] = m.take(np.asarray(value(out.tree.leaves[m.path])))
-
-
-def _closed(names: set[str], tree: Tree) -> list[str]:
-    """The modules, and all whose names end like theirs, as PEFT takes these, too; a parent instead of all children."""
-    known = {m.parameter.rpartition(".")[0] for m in tree.today}
-    while more := {name for name in known - names if any(name.endswith(end) for end in names)}:
-        names = names | more
-    for parent in sorted({name.rpartition(".")[0] for name in names} - {""}):
-        children = {name for name in known if name.startswith(f"{parent}.")}
-        if children <= names and not any(name.endswith(parent) for name in known):
-            names = names - children | {parent}
-    return sorted(names)

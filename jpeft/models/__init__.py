@@ -1,4 +1,4 @@
-"""Reference models in Flax Linen: BERT's encoder, a Llama-like decoder, and a reader of Hugging Face directories."""
+"""Reference models in Flax Linen: a causal decoder, an encoder with its heads, T5 and ViT."""
 
 from ._cache import Cache as Cache
 from ._decoder import Decoder as Decoder

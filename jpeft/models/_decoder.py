@@ -13,7 +13,7 @@ from ._decoder_config import DecoderConfig
 from ._experts import MixtureOfExperts
 from ._layers import ACTIVATIONS, MLP, Attention, Norm, apply_layers
 from ._loss import next_token_losses
-from ._masks import causal_masks, default_positions
+from ._masks import causal_masks, check_mask, default_positions
 from ._rotary import rotations
 
 
@@ -114,13 +114,14 @@ class Decoder(nn.Module):
           cache: of `init_cache`, or what the last call returned. These tokens, and `attention_mask`, come after those
             that it has; the logits and the cache with them are returned.
 
-        Raises a ValueError for more tokens than a table has positions, or a cache slots, and for a cache together with
-        labels or segments.
+        Raises a ValueError for more tokens than a table has positions, or a cache slots, for a mask of other tokens,
+        and for a cache together with labels or segments.
         """
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         length, limit = input_ids.shape[1], config.max_position_embeddings
         if config.learned_positions and length > limit:
             raise ValueError(f"the sequence has {length} tokens, max_position_embeddings is {limit}: truncate it")
+        check_mask(attention_mask, input_ids)
         if position_ids is None:
             position_ids = default_positions(length, segment_ids, cache)
         if cache is not None:

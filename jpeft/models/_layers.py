@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._attention import Attention as Attention
-from ._attention import attend as attend
 
 
 # By the names of Hugging Face's configs.

@@ -42,6 +42,16 @@ def causal_masks(
     return jnp.stack(masks)[:, :, None]
 
 
+def check_mask(attention_mask: Array | None, input_ids: Array | None) -> None:
+    """Raises a ValueError for a mask of more or fewer tokens than the call has."""
+    if attention_mask is None or input_ids is None or attention_mask.shape[-1] == input_ids.shape[-1]:
+        return
+    raise ValueError(
+        f"the mask is of {attention_mask.shape[-1]} tokens, and the call of {input_ids.shape[-1]}: a cache keeps the "
+        "mask of the tokens before, so that only that of the new ones is given"
+    )
+
+
 def default_positions(length: int, segment_ids: Array | None, cache: Cache | None) -> Array:
     """0, 1, ... (batch or 1, length), on from the end of a cache, and from 0 again in every segment.
 

@@ -9,6 +9,7 @@ from jax import Array
 
 from ._cache import Cache
 from ._loss import IGNORED, chunked_cross_entropy
+from ._masks import check_mask
 from ._t5_cache import T5Cache
 from ._t5_layers import T5Config, T5Stack
 
@@ -58,6 +59,8 @@ class T5(nn.Module):
             raise ValueError("input_ids is missing: only a cache that a call has returned does without")
         if decoder_input_ids is None:
             decoder_input_ids = self.shift_right(labels)
+        check_mask(attention_mask, input_ids)
+        check_mask(decoder_attention_mask, decoder_input_ids)
         embed = nn.Embed(config.vocab_size, config.d_model, name="shared", **dtypes)
         stack = partial(T5Stack, config, scan=self.scan, remat=self.remat, **dtypes)
         x = embed(decoder_input_ids)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 import jpeft
-from jpeft.models._layers import attend
+from jpeft.models._attention import attend
 from jpeft.models._rotary import rotate, rotation
 
 

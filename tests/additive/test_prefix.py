@@ -71,6 +71,17 @@ def test_segments_each_see_the_prefix():
     close(y.reshape(2, 3, -1), want)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_segments_behind_a_prompt_and_a_prefix(order):
+    """Each goes on from the positions of both, whichever was put there first."""
+    model = subject("decoder")
+    steps = [jpeft.prompt(length=4), jpeft.prefix(length=3, sites=model.sites)]
+    tuned = jpeft.chain(*steps[::order])(model.params)
+    run = lambda ids, **given: jpeft.apply(model.model, {"params": tuned}, ids, **given)
+    y = run(IDS[:1], segment_ids=jnp.array([[1, 1, 1, 2, 2, 2]]))
+    close(y, jnp.concatenate([run(IDS[:1, :3]), run(IDS[:1, 3:])], axis=1))
+
+
 @pytest.mark.parametrize("kind", ["decoder", "learned"])
 def test_with_a_cache(kind):
     """A part of the tokens first, and then the others, one at a time: the cache has the tokens alone."""

@@ -1,11 +1,12 @@
 import dataclasses
 import json
 
+import adapters
 import pytest
 from safetensors.numpy import save_file
 from tiny import TINY, Config
 
-from jpeft.hf import architectures
+from jpeft.hf import architectures, load
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +24,10 @@ def directory(tmp_path):
         return tmp_path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """The model and the parameters of every architecture that there are adapters for."""
+    directory = tmp_path_factory.mktemp("bases")
+    return {name: load(adapters.write_base(directory / name, name))[:2] for name in adapters.ARCHITECTURES}

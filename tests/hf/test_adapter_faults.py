@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_adapters import bases  # noqa: F401 - a fixture
 
 import jpeft
 from jpeft import hf
@@ -17,7 +16,7 @@ AT = "base_model.model.model.layers.0.self_attn."
 
 
 @pytest.fixture
-def llama(bases):  # noqa: F811
+def llama(bases):
     return bases["llama"]
 
 
@@ -53,6 +52,21 @@ def test_a_module_that_is_named_must_be_there(refused):
     assert "missing: the tensors at model.layers.1.self_attn.v_proj" in refused(tensors=tensors)
 
 
+def test_experts_that_are_named_must_be_there(bases, tmp_path):
+    model, params = bases["mixtral"]
+    tensors = {name: x for name, x in adapters.adapter("mixtral-experts").items() if ".base_layer." not in name}
+    with pytest.raises(ValueError) as error:
+        hf.load_adapter(adapters.write_adapter(tmp_path, "mixtral-experts", tensors), params, model=model)
+    wanted = [f"missing: the tensors at model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)]
+    assert all(words in str(error.value) for words in wanted)
+
+
+def test_trained_tokens_of_a_head(refused):
+    rows = {"base_model.model.lm_head.token_adapter.trainable_tokens_delta": np.ones((1, 16), np.float32)}
+    tensors = adapters.adapter("llama-lora") | rows
+    assert "trainable tokens of an output head" in refused(tensors=tensors, trainable_token_indices={"lm_head": [3]})
+
+
 def test_ranks_must_be_those_of_the_config(refused):
     assert "expected (4, 16)" in refused(r=4)
     assert f"{AT[17:]}v_proj.lora_B.weight is (8, 2), expected (8, 5)" in refused(rank_pattern={"v_proj": 5})
@@ -83,9 +97,23 @@ FIELDS = [
     ("llama-lora", {"r": True}, "r = True"),
     ("llama-lora", {"r": 0}, "must be positive"),
     ("llama-lora", {"rank_pattern": [1]}, "rank_pattern"),
+    ("llama-loha", {"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] = 0: it must be positive"),
+    ("llama-hra", {"r": 0}, "r = 0: it must be positive"),
+    ("llama-miss", {"init_weights": "mini", "mini_r": 0}, "mini_r = 0: it must be positive"),
     ("llama-lora", {"rank_pattern": {"(a*)*b": 2}}, "may take for ever"),
     ("llama-lora", {"alpha_pattern": {"q_proj(": 2}}, "no regular expression"),
     ("llama-lora", {"target_modules": [3]}, "a list of names"),
+    ("llama-lora", {"target_parameters": [3]}, "a list of names"),
+    ("llama-lora", {"lora_alpha": float("nan")}, "lora_alpha = nan"),
+    ("llama-lora", {"lora_alpha": float("inf")}, "lora_alpha = inf"),
+    ("llama-lora", {"lora_alpha": 10**400}, "lora_alpha = 1000"),
+    ("llama-lora", {"alpha_pattern": {"q_proj": float("nan")}}, "must be a number"),
+    ("llama-lora", {"lora_dropout": 1.0}, "from 0 to below 1"),
+    ("llama-lora", {"bias": "vera_only"}, "bias = 'vera_only'"),
+    ("llama-lora", {"bias": 5}, "bias = 5"),
+    ("llama-lora", {"exclude_modules": ["q_proj"]}, "unexpected: the tensors at model.layers.0.self_attn.q_proj"),
+    ("llama-lora", {"layers_to_transform": [1]}, "unexpected: the tensors at model.layers.0.self_attn.v_proj"),
+    ("llama-adalora", {"init_r": 10**13}, "expected (10000000000000, 16)"),
     ("llama-vera", {"save_projection": False}, "only torch's random generator"),
     ("llama-boft", {"boft_n_butterfly_factor": 2}, "CUDA extension"),
     ("llama-miss", {"init_weights": "bat"}, "a variant that is not understood"),
@@ -95,6 +123,7 @@ FIELDS = [
     ("llama-prefix", {"num_attention_heads": 3}, "must divide token_dim"),
     ("llama-prompt", {"num_virtual_tokens": -1}, "must be positive"),
     ("llama-oft", {"num_cayley_neumann_terms": 1}, "must be above 1"),
+    ("llama-oft", {"num_cayley_neumann_terms": 10**9}, "1000 at most"),
 ]
 
 
@@ -113,7 +142,7 @@ def test_types_that_are_not_known(kind, refused):
     assert "supported: ADALORA" in refused(peft_type=kind)
 
 
-def test_a_bias_or_a_saved_module_must_be_there(bases, tmp_path):  # noqa: F811
+def test_a_bias_or_a_saved_module_must_be_there(bases, tmp_path):
     model, params = bases["bert"]
     directory = adapters.write_adapter(tmp_path, "bert-lora", bias="lora_only", modules_to_save=["classifier"])
     with pytest.raises(ValueError) as error:
@@ -122,7 +151,7 @@ def test_a_bias_or_a_saved_module_must_be_there(bases, tmp_path):  # noqa: F811
     assert "missing: classifier.weight" in str(error.value)
 
 
-def test_a_parameter_that_nothing_asks_for(bases, tmp_path):  # noqa: F811
+def test_a_parameter_that_nothing_asks_for(bases, tmp_path):
     model, params = bases["bert"]
     directory = adapters.write_adapter(tmp_path, "bert-lora-modules", modules_to_save=None)
     with pytest.raises(ValueError, match=r"unexpected: classifier\.weight"):
@@ -176,9 +205,13 @@ def test_another_models_adapter(llama, tmp_path):
 
 def test_what_peft_does_not_have(llama, tmp_path):
     model, params = llama
-    lora, out = jpeft.lora(params, rank=2, targets=".*query/kernel"), tmp_path / "out"
+    query, out = ".*query/kernel", tmp_path / "out"
+    lora = jpeft.lora(params, rank=2, targets=query)
     cases = {
         "one type, and the nodes here are of HIRA, LORA": jpeft.hira(lora, rank=2, targets=".*value/kernel"),
+        "LoRA over Free": jpeft.lora(jpeft.unfreeze(params, targets=query), rank=2, targets=query),
+        "LoRA, IA3; PEFT has one": jpeft.ia3(lora, targets=".*query", feedforward=None),
+        "IA3, BEFT; PEFT has one": jpeft.beft(jpeft.ia3(params, targets=".*query"), targets=".*query"),
         "LoRA over LoRA": jpeft.lora(lora, rank=2, targets=".*query/kernel"),
         "Bottleneck is nothing that PEFT has": jpeft.bottleneck(lora, width=2),
         "nothing trains": params,

@@ -2,10 +2,10 @@
 
 import adapters
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_adapters import bases  # noqa: F401 - a fixture
 
 import jpeft
 from jpeft import hf
@@ -66,7 +66,17 @@ def test_a_layer_without_another_method_is_refused(method, models, tmp_path):
         hf.load_adapter(directory, params, model=model)
 
 
-def test_layers_of_different_ranks(models, bases, tmp_path):  # noqa: F811
+def test_a_parameter_of_one_layer_in_another_type(models, tmp_path):
+    model, params = models["scan"]
+    name, ones = "layers.0.input_layernorm", jnp.ones(16, jnp.bfloat16)
+    tensors = adapters.adapter("llama-lora") | {f"base_model.model.model.{name}.weight": np.asarray(ones)}
+    directory = adapters.write_adapter(tmp_path, "llama-lora", tensors, modules_to_save=[name])
+    scale = hf.load_adapter(directory, params, model=model)["layers"]["attention_norm"]["scale"].value()
+    assert scale.dtype == np.float32
+    np.testing.assert_array_equal(scale, params["layers"]["attention_norm"]["scale"].at[0].set(1))
+
+
+def test_layers_of_different_ranks(models, bases, tmp_path):
     """One stack has them where their scale is the same."""
     model, params = models["scan"]
     alphas = {r".*\.1\..*": 4.5}  # of rank 3, as 3 of rank 2
@@ -85,7 +95,7 @@ def test_layers_of_different_ranks(models, bases, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("kind", ["fused", "both"])
 @pytest.mark.parametrize("method", ["lora", "lora-many", "lora-lora-bias"])
-def test_joined_kernels(kind, method, models, bases, tmp_path):  # noqa: F811
+def test_joined_kernels(kind, method, models, bases, tmp_path):
     """Ranks add up on the way in; out of it comes an adapter that does the same to separate kernels."""
     (model, params), case = models[kind], f"llama-{method}"
     tuned = hf.load_adapter(adapters.write_adapter(tmp_path / "in", case), params, model=model)
@@ -95,6 +105,26 @@ def test_joined_kernels(kind, method, models, bases, tmp_path):  # noqa: F811
     np.testing.assert_array_equal(found[factor.format("q_proj")], found[factor.format("v_proj")])
     plain, own = bases["llama"]
     agrees(plain, hf.load_adapter(tmp_path / "out", own, model=plain), case)
+
+
+@pytest.mark.parametrize("first", ["float32", "bfloat16"])
+def test_joined_kernels_keep_their_scales_and_their_digits(first, models, bases, tmp_path):
+    """Of two scales, and of two types, one node loses nothing."""
+    case, types = "llama-lora-lora-bias", {"q_proj": first, "v_proj": "float32"}
+    tensors = {name: x.astype(jnp.dtype(types[name.split(".")[-3]])) for name, x in adapters.adapter(case).items()}
+    directory = adapters.write_adapter(tmp_path, case, tensors, alpha_pattern={"v_proj": 7})
+
+    def logits(model, params):
+        return adapters.logits(model, hf.load_adapter(directory, params, model=model), adapters.inputs("llama"))
+
+    np.testing.assert_allclose(logits(*models["fused"]), logits(*bases["llama"]), rtol=1e-5, atol=1e-5)
+
+
+def test_joined_kernels_do_not_tell_whose_they_are(models, tmp_path):
+    """Phi-3 has such in its files, under other names; a Llama has none."""
+    params = jpeft.lora(models["fused"][1], rank=2)
+    with pytest.raises(ValueError, match=r"llama.*phi3.*model="):
+        hf.save_adapter(tmp_path / "out", params)
 
 
 def test_other_methods_at_joined_kernels_are_refused(models, tmp_path):

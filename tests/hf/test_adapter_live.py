@@ -6,7 +6,6 @@ import adapters
 import jax
 import numpy as np
 import pytest
-from test_adapters import READ, bases  # noqa: F401 - a fixture
 
 import jpeft
 from jpeft import hf
@@ -50,8 +49,8 @@ def moved(params):
     return jpeft.combine(jax.tree.map(lambda x: 1.1 * x + 0.01, trainable), frozen)
 
 
-@pytest.mark.parametrize("case", READ)
-def test_peft_reads_what_we_write(case, bases, torch_models, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("case", adapters.READ)
+def test_peft_reads_what_we_write(case, bases, torch_models, tmp_path):
     name, given = case.partition("-")[0], adapters.inputs(case)
     model, params = bases[name]
     tuned = moved(hf.load_adapter(adapters.write_adapter(tmp_path / "in", case), params, model=model))

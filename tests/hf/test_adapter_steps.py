@@ -4,18 +4,17 @@ import adapters
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_adapters import READ, bases  # noqa: F401 - a fixture
 
 from jpeft import hf
 
 
 # A file of P-tuning has what the network made: not what trains.
-TRAINED = [case for case in READ if not case.endswith("p-tuning")]
+TRAINED = [case for case in adapters.READ if not case.endswith("p-tuning")]
 CASES = [pytest.param(case, marks=() if case.startswith("llama") else pytest.mark.slow) for case in TRAINED]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_steps_are_those_of_peft(case, bases, tmp_path):  # noqa: F811
+def test_steps_are_those_of_peft(case, bases, tmp_path):
     name = case.partition("-")[0]
     model, params = bases[name]
     arrays, metadata = adapters.stored(case)

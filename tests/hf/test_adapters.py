@@ -5,23 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapters import ARCHITECTURES, CASES
+from adapters import ARCHITECTURES, CASES, READ, REFUSED
 from safetensors.numpy import load_file
 
 import jpeft
 from jpeft import hf
-
-
-TIED = ["gpt2-lora-embedding", "gpt2-dora-embedding", "t5-lora-embedding", "t5-dora-embedding"]
-REFUSED = {**dict.fromkeys(TIED, "the output head is tied to this table"), "t5-prefix": "several layers"}
-READ = [case for case in CASES if case not in REFUSED]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """The model and the parameters of every architecture."""
-    directory = tmp_path_factory.mktemp("bases")
-    return {name: hf.load(adapters.write_base(directory / name, name))[:2] for name in ARCHITECTURES}
 
 
 @pytest.fixture
@@ -116,6 +104,21 @@ def test_bert_and_roberta_are_not_told_apart_by_their_trees(bases, tmp_path):
     params = jpeft.lora(bases["bert"][1], rank=2)
     with pytest.raises(ValueError, match=r"bert; roberta.*model="):
         hf.save_adapter(tmp_path / "out", params)
+
+
+def test_nodes_at_a_table_that_the_file_repeats_stay(bases, tmp_path):
+    """PEFT writes a table beside what is put on it: the tree's own stands under the nodes that it has."""
+    model, params = bases["llama"]
+    path, at = adapters.write_adapter(tmp_path, "llama-lora-embedding"), "embed/embedding"
+    sites = jpeft.sites(model, {"params": params}, **adapters.inputs("llama"))
+    once = jpeft.lora(params, rank=3, targets=at, sites=sites)
+    node = hf.load_adapter(path, once, model=model)["embed"]["embedding"]
+    assert (node.a.shape[1], node.base.a.shape[1]) == (2, 3)
+    np.testing.assert_array_equal(node.base.base, params["embed"]["embedding"])
+    others = jax.tree.map(lambda x: x + 1, params)
+    for tree in (jpeft.lora(others, rank=3, targets=at, sites=sites), jpeft.unfreeze(others, targets=at)):
+        with pytest.raises(ValueError, match="the file has another embed/embedding"):
+            hf.load_adapter(path, tree, model=model)
 
 
 def test_pruned_adalora_keeps_its_places(bases, tmp_path):

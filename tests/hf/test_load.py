@@ -296,11 +296,12 @@ def test_a_repository_is_downloaded_without_pickles(directory, monkeypatch):
     assert load("owner/name", revision="main")[0].config == Config()
     assert (asked["name"], asked["revision"]) == ("owner/name", "main")
     files = [
-        "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "pytorch_model.bin",
+        "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json",
+        "adapter_model.safetensors", "adapters.safetensors", "pytorch_model.bin",
         "model.pt", "onnx/model.safetensors", "consolidated.safetensors", "modeling.py",
     ]  # fmt: skip
     wanted = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
-    assert list(huggingface_hub.utils.filter_repo_objects(files, **wanted)) == files[:4]
+    assert list(huggingface_hub.utils.filter_repo_objects(files, **wanted)) == files[:6]
 
 
 def test_a_repository_that_cannot_be_reached(monkeypatch):

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_adapters import bases  # noqa: F401 - a fixture
 
 import jpeft
 from jpeft import hf
@@ -28,7 +27,7 @@ QUERY = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(("given", "scale"), [({"scale": 3.0}, 3.0), ({}, 20.0)])
-def test_lora(given, scale, bases, tmp_path):  # noqa: F811
+def test_lora(given, scale, bases, tmp_path):
     model, params = bases["llama"]
     a, b = normal((16, 2), (2, 16))
     tuned = hf.load_adapter(write(tmp_path, {f"{QUERY}.lora_a": a, f"{QUERY}.lora_b": b}, **given), params, model=model)
@@ -37,7 +36,7 @@ def test_lora(given, scale, bases, tmp_path):  # noqa: F811
     np.testing.assert_allclose(found, base + scale * (a @ b), rtol=1e-5, atol=1e-5)
 
 
-def test_dora(bases, tmp_path):  # noqa: F811
+def test_dora(bases, tmp_path):
     model, params = bases["llama"]
     a, b, m = normal((16, 2), (2, 16), (16,))
     tensors = {f"{QUERY}.lora_a": a, f"{QUERY}.lora_b": b, f"{QUERY}.m": m}
@@ -47,7 +46,7 @@ def test_dora(bases, tmp_path):  # noqa: F811
     np.testing.assert_allclose(found, m * v / np.linalg.norm(v, axis=0), rtol=1e-5, atol=1e-5)
 
 
-def test_experts(bases, tmp_path):  # noqa: F811
+def test_experts(bases, tmp_path):
     """Three-dimensional: A (experts, rank, in) and B (experts, out, rank)."""
     model, params = bases["mixtral"]
     at = "model.layers.1.block_sparse_moe.switch_mlp"
@@ -60,7 +59,7 @@ def test_experts(bases, tmp_path):  # noqa: F811
     np.testing.assert_allclose(found[..., 24:], base[..., 24:] + 3 * np.swapaxes(b @ a, 1, 2), rtol=1e-5, atol=1e-5)
 
 
-def test_all_parameters(bases, tmp_path):  # noqa: F811
+def test_all_parameters(bases, tmp_path):
     model, params = bases["llama"]
     (weight,) = normal((16, 16))
     tuned = hf.load_adapter(write(tmp_path, {f"{QUERY}.weight": weight}, "full"), params, model=model)
@@ -69,7 +68,7 @@ def test_all_parameters(bases, tmp_path):  # noqa: F811
     np.testing.assert_array_equal(node.value(), weight.T)
 
 
-def test_faults_are_all_told(bases, tmp_path):  # noqa: F811
+def test_faults_are_all_told(bases, tmp_path):
     model, params = bases["llama"]
     a, b = normal((16, 2), (3, 16))
     tensors = {f"{QUERY}.lora_a": a, f"{QUERY}.lora_b": b, "model.nowhere.lora_a": a}
@@ -77,5 +76,7 @@ def test_faults_are_all_told(bases, tmp_path):  # noqa: F811
         hf.load_adapter(write(tmp_path, tensors), params, model=model)
     assert "unexpected: model.nowhere.lora_a" in str(error.value)
     assert f"shape: {QUERY}.lora_b is (3, 16), expected (2, 16)" in str(error.value)
+    with pytest.raises(ValueError, match="scale and dropout must be numbers"):
+        hf.load_adapter(write(tmp_path, tensors, scale=float("nan")), params, model=model)
     with pytest.raises(ValueError, match="fine_tune_type = 'galore'"):
         hf.load_adapter(write(tmp_path, tensors, "galore"), params, model=model)

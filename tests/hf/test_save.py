@@ -154,6 +154,27 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch, overwr
         same(load(path)[1], params)
 
 
+def test_what_a_killed_save_has_left_is_in_no_way(tmp_path):
+    model = Tiny(Config())
+    for end in ("new", "old"):
+        (tmp_path / f".model.{end}").mkdir()
+        (tmp_path / f".model.{end}/config.json").write_text("{}")
+    for _ in range(2):
+        save(tmp_path / "model", model, random_params(model), overwrite=True)
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    model, source = Tiny(Config()), tmp_path / "source"
+    with pytest.raises(FileNotFoundError, match="source is no directory"):
+        save(tmp_path / "model", model, random_params(model), tokenizer=source)
+    source.mkdir()
+    (tmp_path / "secret").write_text("mine")
+    (source / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="link out of its directory"):
+        save(tmp_path / "model", model, random_params(model), tokenizer=source)
+    assert not (tmp_path / "model").exists()
+
+
 def test_the_tokenizer_goes_along(tmp_path):
     from tokenizers import Tokenizer, models
 

@@ -99,6 +99,8 @@ def test_refusals(case):
     model, variables, ids, _ = case
     with pytest.raises(ValueError, match="12 tokens do not fit a cache of 11 slots"):
         model.apply(variables, ids, cache=model.init_cache(2, 11))
+    with pytest.raises(ValueError, match="mask is of 12 tokens, and the call of 1"):
+        model.apply(variables, ids[:, :1], jnp.ones_like(ids), cache=model.init_cache(2, 12))
     for name in ("labels", "segment_ids"):
         with pytest.raises(ValueError, match="cache goes with neither"):
             model.apply(variables, ids, cache=model.init_cache(2, 12), **{name: ids})

@@ -137,6 +137,7 @@ def test_there_is_a_place_for_prompts_and_prefixes(t5):
         ({"input_ids": ...}, "decoder_input_ids is missing"),
         ({"decoder_input_ids": ...}, "input_ids is missing"),
         ({"decoder_input_ids": ..., "cache": ...}, "input_ids is missing"),
+        ({"input_ids": ..., "labels": ..., "decoder_attention_mask": "long"}, "mask is of 9 tokens"),
         ({"input_ids": ..., "labels": ..., "cache": ...}, "without it for labels"),
         ({"input_ids": ..., "decoder_input_ids": "long", "cache": ...}, "9 tokens do not fit a cache of 8"),
     ],
@@ -146,7 +147,7 @@ def test_arguments_that_make_no_call_are_refused(t5, arguments, match):
     values = {"cache": model.init_cache(3, 8), "labels": labels, "decoder_input_ids": labels} | inputs
     long = {name: inputs["input_ids"] for name, x in arguments.items() if x == "long"}
     with pytest.raises(ValueError, match=match):
-        model.apply(variables, **{name: values[name] for name in arguments} | long)
+        model.apply(variables, **{name: values.get(name) for name in arguments} | long)
 
 
 @pytest.mark.parametrize("changed", [{"feed_forward_proj": "mish"}, {"relative_attention_num_buckets": 6}])

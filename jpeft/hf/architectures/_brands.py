@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...models._decoder_config import FULL, SLIDING, DecoderConfig
+from ...models import DecoderConfig
+from .._fields import Fields
+from ._sliding import alternating, use_windows, windows, windows_everywhere, windows_without_rope
 
-
-Fields = Mapping[str, Any]
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Names in old files -> today's.
 RENAMED = {"num_experts": "num_local_experts"}
@@ -67,40 +67,6 @@ class Brand:
     only: Fields = dataclasses.field(default_factory=dict)
 
 
-def windows(fields: Fields) -> dict[str, Any]:
-    """Of Qwen: a window for layers from `max_window_layers` on, where windows are to be used."""
-    window = fields["sliding_window"] if fields["use_sliding_window"] else None
-    first = 0 if window is None else fields["max_window_layers"]
-    default = [FULL if window is None or i < first else SLIDING for i in range(fields["num_hidden_layers"])]
-    return {"sliding_window": window, "layer_types": tuple(fields["layer_types"] or default)}
-
-
-def windows_everywhere(fields: Fields) -> dict[str, Any]:
-    """Of Qwen's mixtures of experts."""
-    return {"sliding_window": fields["sliding_window"] if fields["use_sliding_window"] else None}
-
-
-def windows_without_rope(fields: Fields) -> dict[str, Any]:
-    """Of SmolLM3: every fourth layer does not rotate, and if there is a window, it is of these."""
-    count, period = fields["num_hidden_layers"], fields["no_rope_layer_interval"]
-    turns = fields["no_rope_layers"] or [int((i + 1) % period != 0) for i in range(count)]
-    window = fields["sliding_window"] if fields["use_sliding_window"] else None
-    default = [FULL if window is None or turn else SLIDING for turn in turns]
-    types = tuple(fields["layer_types"] or default)
-    return {"sliding_window": window, "no_rope_layers": tuple(turns), "layer_types": types}
-
-
-def alternating(period: int) -> Callable[[Fields], dict[str, Any]]:
-    """Of Gemma: every `period`-th layer has no window."""
-
-    def derive(fields: Fields) -> dict[str, Any]:
-        every = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern") or period
-        default = [SLIDING if (i + 1) % every else FULL for i in range(fields["num_hidden_layers"])]
-        return {"layer_types": tuple(fields["layer_types"] or default)}
-
-    return derive
-
-
 def tanh_gelu(fields: Fields) -> dict[str, Any]:
     """Of the first Gemma, whose "gelu" is another; `hidden_activation` goes before."""
     name = fields["hidden_activation"] or fields["hidden_act"]
@@ -117,11 +83,6 @@ def original_length(config: DecoderConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     length = config.max_position_embeddings if scaling is None else scaling.original_max_position_embeddings
     return {"original_max_position_embeddings": length}
-
-
-def use_windows(config: DecoderConfig) -> dict[str, Any]:
-    """Whether there are any, which Qwen and SmolLM3 say apart."""
-    return {"use_sliding_window": config.sliding_window is not None}
 
 
 LLAMA = {"num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6,

@@ -6,9 +6,8 @@ from typing import Any
 
 from ...models._decoder_config import FULL, SLIDING, DecoderConfig
 from ...models._rotary import SCALINGS, Dynamic, Scaling
+from .._fields import Fields
 
-
-Fields = Mapping[str, Any]
 
 FIELDS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
 

@@ -9,7 +9,7 @@ from ...models import Decoder, DecoderConfig
 from .._fields import check
 from .._names import Architecture, Row, linear, norm, table
 from . import _rope
-from ._brands import BRANDS, HARMLESS, ONLY, RENAMED, TOKENS, Brand
+from ._brands import BRANDS, HARMLESS, ONLY, RENAMED, TOKEN_FIELDS, Brand
 
 
 def build(brand: Brand, fields: Mapping[str, Any], *, fused: bool | None = None, **options: Any) -> Decoder:
@@ -41,9 +41,9 @@ def read(brand: Brand, fields: Mapping[str, Any]) -> DecoderConfig:
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and not brand.partial:
         faults.append(f"partial_rotary_factor={rope['partial_rotary_factor']!r} (only 1.0)")
     faults += [f"no {name}" for name in brand.needed if own.get(name) is None]
-    known = {*brand.needed, *brand.defaults, *brand.passing, *TOKENS, *(_rope.FIELDS if brand.theta else ())}
+    known = {*brand.needed, *brand.defaults, *brand.passing, *TOKEN_FIELDS, *(_rope.FIELDS if brand.theta else ())}
     check(given, known=known, harmless=HARMLESS + brand.harmless, only=ONLY | brand.only, faults=faults)
-    stored = [name for name in (*brand.needed, *brand.defaults, *TOKENS) if name in own]
+    stored = [name for name in (*brand.needed, *brand.defaults, *TOKEN_FIELDS) if name in own]
     ours = {brand.names.get(name, name): _frozen(own[name]) for name in stored}
     ours |= rope | brand.features | brand.derive(own)
     ours["num_key_value_heads"] = ours.get("num_key_value_heads") or ours["num_attention_heads"]
@@ -52,7 +52,7 @@ def read(brand: Brand, fields: Mapping[str, Any]) -> DecoderConfig:
 
 def write(brand: Brand, model: Decoder) -> dict[str, Any]:
     """The `config.json` of a model, as transformers 5 has it."""
-    config, names = model.config, (*brand.needed, *brand.defaults, *TOKENS)
+    config, names = model.config, (*brand.needed, *brand.defaults, *TOKEN_FIELDS)
     theirs = {name: _thawed(getattr(config, brand.names.get(name, name))) for name in names}
     if config.head_dim is None:
         theirs.pop("head_dim", None)  # some of their classes take null for a width
@@ -116,7 +116,7 @@ def experts(model_type: str) -> tuple[Row, ...]:
     )
 
 
-def gpt2_rows(brand: Brand, model: Decoder) -> tuple[Row, ...]:
+def gpt2_rows(model: Decoder) -> tuple[Row, ...]:
     """Of a GPT-2, whose matrices lie as ours do."""
     ours, theirs = "layers_{i}", "transformer.h.{i}"
     return (
@@ -137,7 +137,7 @@ def _architecture(brand: Brand) -> Architecture:
     old = brand.model_type == "gpt2"
     return Architecture(
         build=partial(build, brand),
-        rows=partial(gpt2_rows if old else rows, brand),
+        rows=gpt2_rows if old else partial(rows, brand),
         fields=partial(write, brand),
         prefix="transformer." if old else "model.",
         ignored=r".*\.h\.\d+\.attn\.(masked_)?bias" if old else r".*\.rotary_emb\.inv_freq",

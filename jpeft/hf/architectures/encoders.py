@@ -7,7 +7,7 @@ from typing import Any, Literal
 import flax.linen as nn
 
 from ...models import Classifier, Embedder, Encoder, EncoderConfig
-from .._fields import architecture, check, label_fields, label_names
+from .._fields import check, class_of, label_fields, label_names
 from .._names import Architecture, linear
 from ._encoder_rows import Rows, bert_rows, distilbert_rows
 
@@ -74,7 +74,7 @@ def build(
     - `add_pooling_layer`: whether a bare model has a pooler; left out, as the file says, or its class in transformers.
     - `options`: of the module; an `Embedder` has `pooling` and `normalize`.
     """
-    config, name = brand.config(fields), architecture(fields, f"{brand.classes}Model")
+    config, name = brand.config(fields), class_of(fields, f"{brand.classes}Model")
     if head is None and name not in (known := {f"{brand.classes}{end}": end for end in HEADS}):
         raise ValueError(f"architectures={[name]!r} is not supported; supported: {', '.join(known)}, or name a task")
     head = head or HEADS[name.removeprefix(brand.classes)]

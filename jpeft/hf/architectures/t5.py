@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 
 from ...models import T5, T5Config, T5Encoder
-from .._fields import architecture, check
-from .._names import TOKENS, Architecture, Row, linear, norm, table
+from .._fields import check, class_of
+from .._names import TOKEN_IDS, Architecture, Row, linear, norm, table
 
 
 CLASSES = {
@@ -35,7 +35,7 @@ def build(
     if head is not None:
         raise ValueError(f"{head!r} is no task of a T5: it has no head but that of its decoder")
     check(fields, known=FIELDS, harmless=HARMLESS, only={"is_decoder": False})
-    name = architecture(fields, "T5ForConditionalGeneration")
+    name = class_of(fields, "T5ForConditionalGeneration")
     if name not in CLASSES:
         raise ValueError(f"architectures={[name]!r} is not supported; supported: {', '.join(CLASSES)}")
     given = {field: fields[field] for field in FIELDS if fields.get(field) is not None}
@@ -84,7 +84,7 @@ def fields(model: nn.Module) -> dict[str, Any]:
 
 def inputs(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """What the model is called with."""
-    return {"input_ids": TOKENS} | ({} if isinstance(model, T5Encoder) else {"decoder_input_ids": TOKENS})
+    return {"input_ids": TOKEN_IDS} | ({} if isinstance(model, T5Encoder) else {"decoder_input_ids": TOKEN_IDS})
 
 
 ARCHITECTURES = {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ...models import ViT, ViTConfig
-from .._fields import architecture, check, label_fields, label_names
+from .._fields import check, class_of, label_fields, label_names
 from .._names import Architecture, Row, linear, norm
 
 
@@ -28,7 +28,7 @@ def build(
 ) -> ViT:
     """The model of a `config.json`, or what is in it with another head. The arguments are those of encoders."""
     check(fields, known=[*FIELDS, "add_pooling_layer"], harmless=HARMLESS, only={"is_encoder_decoder": False})
-    name = architecture(fields, "ViTModel")
+    name = class_of(fields, "ViTModel")
     if head is None and name not in HEADS:
         raise ValueError(f"architectures={[name]!r} is not supported; supported: {', '.join(HEADS)}, or name a task")
     head = head or HEADS[name]

@@ -5,27 +5,27 @@ import numpy as np
 from ...reparam._adalora import AdaLoRA
 from .._modules import Module
 from . import _lora
-from ._format import Config, Format, Shapes, Tensors, inward, plain
+from ._format import Config, Format, Shapes, Tensors, inward, linear, plain, positive
 
 
 A, B, E = "lora_A", "lora_B", "lora_E"
 EPSILON = 1e-5  # in the scale
 
 
-def _mask(m: Module, config: Config) -> np.ndarray:
-    """Which of the `init_r` triplets are there."""
+def _kept(m: Module, config: Config) -> list[bool] | None:
+    """Which of the `init_r` triplets are there; `None` where all are."""
     names = f"{m.name}.{E}", f"{m.name}.{E}.default"
-    kept = next((config["rank_pattern"][name] for name in names if name in config["rank_pattern"]), None)
-    return np.ones(config["init_r"], bool) if kept is None else np.array(kept, bool)
+    return next((config["rank_pattern"][name] for name in names if name in config["rank_pattern"]), None)
 
 
 def shapes(m: Module, config: Config, tensors: Tensors) -> Shapes:
-    rank = int(_mask(m, config).sum())
+    kept = _kept(m, config)
+    rank = config["init_r"] if kept is None else sum(kept)
     return {A: (rank, m.inputs), B: (m.outputs, rank), E: (rank, 1)}
 
 
 def read(m: Module, config: Config, tensors: Tensors) -> list:
-    mask = _mask(m, config)
+    mask = np.array(_kept(m, config) or [True] * config["init_r"])
     parts = {"a": inward(tensors[A]), "e": tensors[E][:, 0], "b": inward(tensors[B])}
     if not mask.all():  # zeros in the places of those that are left out
         room = {"a": (m.inputs, mask.size), "e": (mask.size,), "b": (mask.size, m.outputs)}
@@ -39,8 +39,7 @@ def read(m: Module, config: Config, tensors: Tensors) -> list:
 
 def write(m: Module, nodes: list) -> tuple[Tensors, Config]:
     (node,) = nodes
-    if m.window or m.experts or m.is_table:
-        raise ValueError("PEFT has AdaLoRA for linear maps alone")
+    linear(m, "AdaLoRA", conv1d=True)
     mask, rank = node.mask.astype(bool), node.mask.size
     fields = {"init_r": rank, "lora_alpha": plain(node.scale * (rank + EPSILON)), "lora_dropout": node.dropout}
     if not mask.all():
@@ -49,7 +48,7 @@ def write(m: Module, nodes: list) -> tuple[Tensors, Config]:
 
 
 def check(config: Config) -> list[str]:
-    faults = [] if config["init_r"] > 0 else ["init_r must be positive"]
+    faults = positive(config, "init_r")
     for name, kept in config["rank_pattern"].items():
         if not (isinstance(kept, list) and len(kept) == config["init_r"] and all(isinstance(x, bool) for x in kept)):
             faults.append(f"rank_pattern[{name!r}] must be {config['init_r']} truth values")

@@ -15,11 +15,16 @@ from .._tree import Tree
 from ._format import Config
 
 
+def named(parameter: str, names: list[str]) -> bool:
+    """Whether `target_parameters` has a parameter, as PEFT reads it."""
+    return any(f".{parameter}".endswith(f".{name}") for name in names)
+
+
 def targeted(names: list[str], tree: Tree) -> dict[str, list[Module]]:
     """The experts' parameters that `target_parameters` names, in the order of their declaration, by module."""
     found = collections.defaultdict(list)
     for m in tree.today:
-        if m.experts and any(f".{m.parameter}".endswith(f".{name}") for name in names):
+        if m.experts and named(m.parameter, names):
             found[m.parameter.rpartition(".")[0]].append(m)
     return found
 

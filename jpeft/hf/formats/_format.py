@@ -52,6 +52,7 @@ class Format:
     - `write`: `(module, nodes) ->` tensors, and the fields of the config that tell of them. **Raises** `ValueError`
       for what the format does not have.
     - `ends`: of all names of tensors that there may be.
+    - `beside`: the classes of nodes of which one may be at a module, too.
     - `unused`: those that change nothing once the adapter is made.
     - `patterns`: fields -> those which say otherwise for some modules.
     - `listed`: what `write` says of a module, true or false -> the field that has the modules where it is true.
@@ -70,6 +71,7 @@ class Format:
     read: Callable[[Module, Config, Tensors], list[Node]] = _none
     write: Callable[[Module, list[Node]], tuple[Tensors, Config]] = _none
     ends: tuple[str, ...] = ()
+    beside: tuple[type[Node], ...] = ()
     unused: frozenset[str] = frozenset()
     patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     listed: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -112,7 +114,15 @@ def plain(x: float) -> int | float:
     return x if (n := whole(x)) is None else n
 
 
-def linear(m: Module, what: str) -> None:
-    """**Raises** `ValueError` for a kernel that PEFT does not put `what` on."""
-    if m.window or m.experts or m.is_table or m.transposed:
+def linear(m: Module, what: str, *, conv1d: bool = False) -> None:
+    """**Raises** `ValueError` for a kernel that PEFT does not put `what` on; `conv1d`: GPT-2's `Conv1D` it does."""
+    if m.window or m.experts or m.is_table or (m.transposed and not conv1d):
         raise ValueError(f"PEFT has {what} for linear maps alone")
+
+
+def positive(config: Config, *names: str) -> list[str]:
+    """The faults of fields that must be above 0; of `r` those of its patterns, too."""
+    given = {name: config[name] for name in names}
+    if "r" in names:
+        given |= {f"rank_pattern[{pattern!r}]": r for pattern, r in config.get("rank_pattern", {}).items()}
+    return [f"{name} = {x!r}: it must be positive" for name, x in given.items() if x < 1]

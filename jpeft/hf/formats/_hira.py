@@ -2,7 +2,7 @@
 
 from ...reparam._hira import HiRA
 from .._modules import Module
-from ._format import Config, Format, Shapes, Tensors, inward
+from ._format import Config, Format, Shapes, Tensors, inward, positive
 
 
 A, B = "hira_A", "hira_B"
@@ -40,4 +40,5 @@ HIRA = Format(
     fields={"r": 32, "rank_pattern": {}},
     unused=frozenset({"hira_dropout", "init_weights"}),
     patterns={"r": "rank_pattern"},
+    check=lambda config: positive(config, "r"),
 )

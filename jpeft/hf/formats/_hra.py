@@ -2,7 +2,7 @@
 
 from ...reparam._hra import HRA
 from .._modules import Module
-from ._format import Config, Format, Shapes, Tensors, linear
+from ._format import Config, Format, Shapes, Tensors, linear, positive
 
 
 U = "hra_u"
@@ -33,4 +33,5 @@ HRA_ = Format(
     fields={"r": 8, "apply_GS": False, "rank_pattern": {}},
     unused=frozenset({"init_weights"}),
     patterns={"r": "rank_pattern"},
+    check=lambda config: positive(config, "r"),
 )

@@ -2,7 +2,7 @@
 
 from ...additive._ia3 import IA3
 from .._modules import Module
-from ._format import Config, Format, Shapes, Tensors
+from ._format import Config, Format, Shapes, Tensors, linear
 
 
 L = "ia3_l"
@@ -24,8 +24,7 @@ def read(m: Module, config: Config, tensors: Tensors) -> list:
 
 def write(m: Module, nodes: list) -> tuple[Tensors, Config]:
     (node,) = nodes
-    if m.window or m.experts or m.is_table:
-        raise ValueError("PEFT has (IA)^3 for linear maps alone")
+    linear(m, "(IA)^3", conv1d=True)
     inside = node.side == "in"
     return {L: node.scale[None] if inside else node.scale[:, None]}, {"feedforward": inside}
 

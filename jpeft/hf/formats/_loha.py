@@ -4,7 +4,7 @@ import numpy as np
 
 from ...reparam._loha import LoHa
 from .._modules import Module
-from ._format import Config, Format, Shapes, Tensors, inward, linear, outward, plain
+from ._format import Config, Format, Shapes, Tensors, inward, linear, outward, plain, positive
 
 
 W1A, W1B, W2A, W2B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
@@ -20,8 +20,7 @@ def spread(config: Config, m: Module) -> bool:
 def shapes(m: Module, config: Config, tensors: Tensors) -> Shapes:
     r = config["r"]
     if spread(config, m):
-        channels = m.inputs // int(np.prod(m.window))
-        pair = {W1A: (r, m.outputs), W1B: (r, channels), W2A: (r, m.outputs), W2B: (r, channels)}
+        pair = {W1A: (r, m.outputs), W1B: (r, m.channels), W2A: (r, m.outputs), W2B: (r, m.channels)}
         return pair | {T1: (r, r, *m.window), T2: (r, r, *m.window)}
     return {W1A: (m.outputs, r), W1B: (r, m.inputs), W2A: (m.outputs, r), W2B: (r, m.inputs)}
 
@@ -73,5 +72,5 @@ LOHA = Format(
     fields={"r": 8, "alpha": 8.0, "use_effective_conv2d": False, "rank_pattern": {}, "alpha_pattern": {}},
     unused=UNUSED,
     patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
-    check=lambda config: [] if config["r"] > 0 else ["r must be positive"],
+    check=lambda config: positive(config, "r"),
 )

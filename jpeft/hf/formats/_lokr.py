@@ -1,12 +1,11 @@
 """LoKr. Torch's matrices are `(out, in)`, and which of them are products the names of the tensors tell."""
 
+import math
 from typing import Any
-
-import numpy as np
 
 from ...reparam._lokr import LoKr, factorization
 from .._modules import Module
-from ._format import Config, Format, Shapes, Tensors, inward, linear, outward, plain
+from ._format import Config, Format, Shapes, Tensors, inward, linear, outward, plain, positive
 from ._loha import UNUSED, core, core_back, over_window, spread
 
 
@@ -16,14 +15,13 @@ W2, W2A, W2B, T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
 
 def shapes(m: Module, config: Config, tensors: Tensors) -> Shapes:
     r, window = config["r"], m.window
-    size = int(np.prod(window, dtype=int))
-    (out1, out2), (in1, in2) = (factorization(n, config["decompose_factor"]) for n in (m.outputs, m.inputs // size))
+    (out1, out2), (in1, in2) = (factorization(n, config["decompose_factor"]) for n in (m.outputs, m.channels))
     found: Shapes = {W1: (out1, in1)} if W1 in tensors else {W1A: (out1, r), W1B: (r, in1)}
     if W2 in tensors:
         return found | {W2: (out2, in2, *window)}
     if spread(config, m):
         return found | {T2: (r, r, *window), W2A: (r, out2), W2B: (r, in2)}
-    return found | {W2A: (out2, r), W2B: (r, in2 * size)}
+    return found | {W2A: (out2, r), W2B: (r, in2 * math.prod(window))}
 
 
 def read(m: Module, config: Config, tensors: Tensors) -> list:
@@ -34,8 +32,7 @@ def read(m: Module, config: Config, tensors: Tensors) -> list:
         w2 = tensors[W2B].T, tensors[W2A], core(tensors[T2])
     else:
         w2 = over_window(tensors[W2B], m), tensors[W2A].T
-    window = int(np.prod(m.window, dtype=int))
-    return [LoKr(w1=w1, w2=w2, scale=config["alpha"] / config["r"], window=window)]
+    return [LoKr(w1=w1, w2=w2, scale=config["alpha"] / config["r"], window=math.prod(m.window))]
 
 
 def write(m: Module, nodes: list) -> tuple[Tensors, Config]:
@@ -43,11 +40,11 @@ def write(m: Module, nodes: list) -> tuple[Tensors, Config]:
     if not m.window:
         linear(m, "LoKr")
     (in1, out1), (in2, out2) = _sizes(node.w1), _sizes(node.w2)
-    in2, channels = in2 if _spread(node.w2) else in2 // node.window, m.inputs // node.window
-    same = lambda f: (factorization(channels, f)[0], factorization(m.outputs, f)[0]) == (in1, out1)
+    in2 = in2 if _spread(node.w2) else in2 // node.window
+    same = lambda f: (factorization(m.channels, f)[0], factorization(m.outputs, f)[0]) == (in1, out1)
     factors = {f for f in (-1, in1, out1) if same(f)}
     if not factors:
-        raise ValueError(f"PEFT factors {channels} inputs and {m.outputs} outputs otherwise than by {in1} and {out1}")
+        raise ValueError(f"PEFT factors {m.channels} inputs and {m.outputs} outputs otherwise than by {in1} and {out1}")
     ranks = {x[1].shape[-2] for x in (node.w1, node.w2) if isinstance(x, tuple)}
     fields = {"ranks": ranks, "scale": node.scale, "factors": factors, "use_effective_conv2d": _spread(node.w2)}
     fields["sides"] = max(in1, out1), max(in2, out2)
@@ -100,6 +97,6 @@ LOKR = Format(
             "rank_pattern": {}, "alpha_pattern": {}},
     unused=UNUSED,
     patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},
-    check=lambda config: [] if config["r"] > 0 else ["r must be positive"],
+    check=lambda config: positive(config, "r"),
     settle=settle,
 )  # fmt: skip

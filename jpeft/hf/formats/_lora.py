@@ -7,7 +7,7 @@ from ...reparam._dora import DoRA
 from ...reparam._lora import LoRA
 from ...reparam._pissa import PiSSA
 from .._modules import Module
-from ._format import Config, Format, Shapes, Tensors, inward, outward, plain, whole
+from ._format import Config, Format, Shapes, Tensors, inward, outward, plain, positive, whole
 
 
 A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
@@ -33,8 +33,7 @@ def shapes(m: Module, config: Config, tensors: Tensors) -> Shapes:
         ins, outs = (m.outputs, m.inputs) if _former(m, config, tensors) else (m.inputs, m.outputs)
         found = {A: (count * r, ins), B: (outs, r * count)}
     else:
-        ins = m.inputs // int(np.prod(window, dtype=int))
-        found = {A: (r, ins, *window), B: (m.outputs, r, *[1] * len(window))}
+        found = {A: (r, m.channels, *window), B: (m.outputs, r, *[1] * len(window))}
     if config["lora_bias"]:
         found[BIAS] = (m.outputs,)
     if config["use_dora"]:
@@ -121,9 +120,7 @@ def check(config: Config) -> list[str]:
         f"init_lora_weights = {start!r}: the base was changed when the adapter was made. Save it with PEFT's "
         "`path_initial_model_for_weight_conversion`, as an ordinary LoRA of twice the rank"
     ]  # fmt: skip
-    if config["r"] < 1 or any(r < 1 for r in config["rank_pattern"].values() if isinstance(r, int)):
-        faults.append("r and rank_pattern must be positive")
-    return faults
+    return faults + positive(config, "r")
 
 
 LORA = Format(
@@ -134,6 +131,7 @@ LORA = Format(
     read=read,
     write=write,
     ends=(A, B, BIAS, MAGNITUDE, TABLE_A, TABLE_B),
+    beside=(BEFT,),
     fields={"r": 8, "lora_alpha": 8.0, "use_rslora": False, "use_dora": False, "lora_bias": False, "lora_dropout": 0.0,
             "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": [], "trainable_token_indices": None,
             "ensure_weight_tying": False},

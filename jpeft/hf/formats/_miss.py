@@ -2,7 +2,7 @@
 
 from ...reparam._miss import MiSS
 from .._modules import Module
-from ._format import Config, Format, Shapes, Tensors, linear
+from ._format import Config, Format, Shapes, Tensors, linear, positive
 
 
 BLOCK = "miss_block"
@@ -31,7 +31,8 @@ def write(m: Module, nodes: list) -> tuple[Tensors, Config]:
 
 def check(config: Config) -> list[str]:
     start = config.get("init_weights", True)
-    return [] if start in (True, False, MINI) else [f"init_weights = {start!r}: a variant that is not understood"]
+    faults = [] if start in (True, False, MINI) else [f"init_weights = {start!r}: a variant that is not understood"]
+    return faults + positive(config, "r", "mini_r")
 
 
 MISS = Format(

@@ -41,6 +41,12 @@ def write(m: Module, nodes: list) -> tuple[Tensors, Config]:
     return {R: node.generators}, fields
 
 
+def check(config: Config) -> list[str]:
+    terms = config["num_cayley_neumann_terms"]
+    # Each is a product of matrices: a number out of all proportion would take for ever.
+    return [] if 1 < terms <= 1000 else [f"num_cayley_neumann_terms = {terms}: it must be above 1, and 1000 at most"]
+
+
 OFT_ = Format(
     peft_type="OFT",
     nodes=(OFT,),
@@ -52,5 +58,5 @@ OFT_ = Format(
     fields={"r": 0, "oft_block_size": 32, "block_share": False, "coft": False, "eps": 6e-5, "use_cayley_neumann": True,
             "num_cayley_neumann_terms": 5},
     unused=frozenset({"module_dropout", "init_weights"}),
-    check=lambda config: [] if config["num_cayley_neumann_terms"] > 1 else ["num_cayley_neumann_terms must be above 1"],
+    check=check,
 )  # fmt: skip

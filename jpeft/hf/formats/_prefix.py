@@ -8,7 +8,7 @@ import numpy as np
 from ..._node import whole
 from ..._tree import Params, modules
 from ...additive._prefix import Prefix, put_prefix
-from ._format import Config, Format, Shapes, Tensors, Wide
+from ._format import Config, Format, Shapes, Tensors, Wide, positive
 from ._prompt import ROWS, UNUSED, task
 
 
@@ -74,7 +74,7 @@ def take(params: Params, tree: Any, nodes: dict[str, Any]) -> tuple[Tensors, Con
 
 
 def check(config: Config) -> list[str]:
-    faults = [f"{name} = {config[name]!r}: it must be positive" for name in COUNTS if config[name] < 1]
+    faults = positive(config, *COUNTS)
     if not faults and config["token_dim"] % config["num_attention_heads"]:
         faults.append("num_attention_heads must divide token_dim")
     return faults

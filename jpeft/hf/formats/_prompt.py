@@ -9,7 +9,7 @@ from ..._targets import TABLE
 from ..._tree import Params
 from ...additive._prompt import Prompt, put_prompt
 from ...additive._ptuning import PTuning
-from ._format import Config, Format, Shapes, Tensors, Wide
+from ._format import Config, Format, Shapes, Tensors, Wide, positive
 
 
 ROWS = "prompt_embeddings"
@@ -61,8 +61,7 @@ def task(tree: Any) -> Config:
 
 
 def check(config: Config) -> list[str]:
-    names = "num_virtual_tokens", "token_dim", "num_transformer_submodules"
-    return [f"{name} = {config[name]!r}: it must be positive" for name in names if config[name] < 1]
+    return positive(config, "num_virtual_tokens", "token_dim", "num_transformer_submodules")
 
 
 PROMPT = Format(

@@ -19,10 +19,12 @@ def indices(m: Module, config: Config) -> tuple[int, ...]:
 
 
 def shapes(end: str, m: Module, config: Config, tensors: Tensors) -> Shapes:
-    return {end: (len(indices(m, config)), m.outputs)}
+    return {end: (len(indices(m, config)), m.outputs if m.is_table else m.inputs)}
 
 
 def read(end: str, m: Module, config: Config, tensors: Tensors) -> list:
+    if not m.is_table:
+        raise ValueError("its tokens are no rows of a table: trainable tokens of an output head have no node here")
     ids = indices(m, config)
     wrong = [n for n in ids if not 0 <= n < m.inputs]
     if wrong or len(set(ids)) != len(ids):

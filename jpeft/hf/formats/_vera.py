@@ -2,7 +2,7 @@
 
 from ...reparam._vera import VeRA
 from .._modules import Module
-from ._format import Config, Format, Shapes, Tensors
+from ._format import Config, Format, Shapes, Tensors, linear, positive
 
 
 B, D = "vera_lambda_b", "vera_lambda_d"
@@ -20,14 +20,13 @@ def read(m: Module, config: Config, tensors: Tensors) -> list:
 
 def write(m: Module, nodes: list) -> tuple[Tensors, Config]:
     (node,) = nodes
-    if m.window or m.experts or m.is_table:
-        raise ValueError("PEFT has VeRA for linear maps alone")
+    linear(m, "VeRA", conv1d=True)
     fields = {"r": node.d.size, "vera_dropout": node.dropout, "save_projection": True}
     return {B: node.b, D: node.d}, fields
 
 
 def check(config: Config) -> list[str]:
-    faults = [] if config["r"] > 0 else ["r must be positive"]
+    faults = positive(config, "r")
     if not config["save_projection"]:
         faults.append(
             "save_projection = False: the projections are not in the file, and only torch's random generator can make "
