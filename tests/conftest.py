@@ -21,6 +21,7 @@ def memory():
     jax.clear_caches()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Where tests run in several processes, those of a file share one, and what is compiled in it."""
     for item in items:

@@ -64,6 +64,15 @@ def test_commands(say):
     assert say(["/help", "/what", "/exit", "the sky"]) == f"{chat.HELP}\n" * 2
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, also where the tests run in the background and it would not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_the_answer_alone(say, tiny_llama, monkeypatch):
     asked = []
     stream = jpeft.stream
