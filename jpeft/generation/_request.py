@@ -49,8 +49,11 @@ def request(
     mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
     faults = [*_faults_of_prompts(model, ids, mask), *faults_of_sampling(**sampling)]
     for name, number in (("max_new_tokens", max_new_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
-        if number < 1:
-            faults.append(f"`{name}` is {number}: 1 or more")
+        if not isinstance(number, int | np.integer) or number < 1:
+            faults.append(f"`{name}` is {number}: an integer, 1 or more")
+    given = [*np.ravel(stop_tokens), *([] if pad_token is None else [pad_token])]
+    if np.ndim(stop_tokens) != 1 or not all(isinstance(n, int | np.integer) and 0 <= n < 2**31 for n in given):
+        faults.append(f"`stop_tokens` is {stop_tokens} and `pad_token` {pad_token}: a sequence of token ids, and one")
     if isinstance(stop_strings, str) or not all(stop_strings):
         faults.append(f"`stop_strings` is {stop_strings!r}: a sequence of strings, none of them empty")
     if stop_strings and tokenizer is None:

@@ -121,7 +121,7 @@ def _placed(params: Params, nodes: dict[str, list[Node]], found: _reading.Readin
         refs = {field: names[name.lower()] for name, field in form.shared.items()}
     ready = lambda node: jax.tree.map(jnp.asarray, node).replace(**refs)
     new = {path: _reading.array(tree.leaves[path], group) for path, group in _reading.by_path(found.plain).items()}
-    train = {m.path for m in found.declared} if form.nodes else {*new}
+    train = {m.path for m in found.declared}
     frozen = {path: x for path, x in new.items() if path not in train and not _is(tree.leaves[path], x)}
     held = [path for path in frozen if isinstance(tree.leaves[path], Leaf) and not is_form(tree.leaves[path])]
     if held:

@@ -36,7 +36,7 @@ def fill(config: Config, fields: Mapping[str, Any], unused: Iterable[str]) -> tu
                 faults.append(f"{name} = {x!r}: it must be like {fields[name]!r}")
             elif x is not None and name.endswith("dropout") and not 0 <= x < 1:
                 faults.append(f"{name} = {x!r}: from 0 to below 1")
-        elif name not in COMMON and name not in unused and x not in (None, False, "", "none", [], {}):
+        elif name not in COMMON and name not in unused and not (x is False or x in (None, "", "none", [], {})):
             faults.append(f"{name} = {x!r}: {REASONS.get(name, 'this field is not understood')}")
     for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
         if not _is_names(config.get(name)):

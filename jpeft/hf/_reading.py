@@ -27,7 +27,7 @@ class Reading:
     **Fields:**
 
     - `nodes`: the nodes of single modules, in NumPy, by module.
-    - `plain`: tensors that stand for parameters themselves; `declared` are those that the config says train.
+    - `plain`: tensors that stand for parameters themselves; `declared` are those that train.
     - `shared`, `wide`: tensors of the whole adapter.
     - `faults`: everything that does not fit.
     """
@@ -40,6 +40,7 @@ class Reading:
     faults: list[str] = dataclasses.field(default_factory=list)
 
 
+PARTS = "some of its parts train alone, and the tree has them in one array. Load the model without `scan` and `fused`"
 TIED = "the output head is tied to this table: PEFT changes one of them alone, and the tree has one parameter for both"
 
 
@@ -164,7 +165,10 @@ def _check_plain(form: Format, config: Config, tree: Tree, spelling: Spelling, f
             found.faults.append(f"unexpected: {m.parameter}")
     changed = [m for m, nodes in found.nodes.items() if not any(isinstance(node, Tokens) for node in nodes)]
     found.faults += [f"{m.name}: {TIED}" for m in {*changed, *(wanted & found.plain.keys())} if tree.is_tied(m)]
-    found.declared = wanted
+    found.declared = wanted if form.nodes else {*found.plain}
+    for path, parts in by_path(dict.fromkeys(found.declared)).items():
+        if len(parts) < len(tree.together(next(iter(parts)))):
+            found.faults.append(f"{path}: {PARTS}")
 
 
 def nodes_at(found: Reading, tree: Tree) -> dict[str, list[Node]]:
@@ -191,12 +195,8 @@ def by_path(given: Mapping[Module, Any]) -> dict[str, dict[Module, Any]]:
 
 
 def array(leaf: Any, given: Mapping[Module, np.ndarray]) -> np.ndarray:
-    """A parameter with the parts that an adapter has; the others stay as they are in the tree."""
-    base = np.asarray(value(leaf))
-    dtype = wider(*{x.dtype for x in given.values()})
-    if sum(x.size for x in given.values()) < base.size:
-        dtype = wider(dtype, base.dtype)
-    whole = base.astype(dtype)
+    """A parameter of all its parts."""
+    whole = np.empty(value(leaf).shape, wider(*{x.dtype for x in given.values()}))
     for m, x in given.items():
         m.put(whole, x)
     return whole

@@ -66,6 +66,7 @@ def test_the_adapter_is_of_pefts_form(made):
 
 
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers' own names, which PEFT uses
 def test_peft_computes_the_same(made, logits):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")

@@ -39,7 +39,7 @@ def arrays(directory):
 
 OFTEN = ("lora", "last-layers", "prompt", "full")
 RUNS = [(method, None) for method in OFTEN] + [("lora", base) for base in BASES if base != "nf4"]
-RUNS += [pytest.param(method, None, marks=pytest.mark.slow) for method in METHODS.keys() - set(OFTEN)]
+RUNS += [pytest.param(method, None, marks=pytest.mark.slow) for method in METHODS if method not in OFTEN]
 
 
 @pytest.mark.parametrize(("method", "base"), RUNS)

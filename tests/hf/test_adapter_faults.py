@@ -92,6 +92,7 @@ FIELDS = [
     ("llama-lora", {"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ("llama-lora", {"kasa_config": {"beta": 1}}, "KaSA"),
     ("llama-lora", {"something_new": 3}, "something_new = 3: this field is not understood"),
+    ("llama-lora", {"something_new": 0}, "something_new = 0: this field is not understood"),
     ("llama-lora", {"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
     ("llama-lora", {"r": "2"}, "r = '2'"),
     ("llama-lora", {"r": True}, "r = True"),

@@ -66,14 +66,17 @@ def test_a_layer_without_another_method_is_refused(method, models, tmp_path):
         hf.load_adapter(directory, params, model=model)
 
 
-def test_a_parameter_of_one_layer_in_another_type(models, tmp_path):
-    model, params = models["scan"]
-    name, ones = "layers.0.input_layernorm", jnp.ones(16, jnp.bfloat16)
-    tensors = adapters.adapter("llama-lora") | {f"base_model.model.model.{name}.weight": np.asarray(ones)}
+def test_a_parameter_that_trains_in_one_layer_is_refused(models, bases, tmp_path):
+    """Where layers are one array, all of them would train."""
+    plain, own = bases["llama"]
+    name, ones = "layers.0.input_layernorm", np.ones(16, np.float32)
+    tensors = adapters.adapter("llama-lora") | {f"base_model.model.model.{name}.weight": ones}
     directory = adapters.write_adapter(tmp_path, "llama-lora", tensors, modules_to_save=[name])
-    scale = hf.load_adapter(directory, params, model=model)["layers"]["attention_norm"]["scale"].value()
-    assert scale.dtype == np.float32
-    np.testing.assert_array_equal(scale, params["layers"]["attention_norm"]["scale"].at[0].set(1))
+    layer = hf.load_adapter(directory, own, model=plain)["layers_0"]
+    np.testing.assert_array_equal(layer["attention_norm"]["scale"].array, ones)
+    model, params = models["scan"]
+    with pytest.raises(ValueError, match=r"layers/attention_norm/scale: some of its parts train alone"):
+        hf.load_adapter(directory, params, model=model)
 
 
 def test_layers_of_different_ranks(models, bases, tmp_path):
