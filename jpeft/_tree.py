@@ -49,16 +49,16 @@ def chain(*transforms: Callable) -> Callable:
     def chained(params: Params, *, sites: Sites | None = None, key: jax.Array | None = None) -> Params:
         keys = jax.random.split(default(key), max(len(transforms), 1))
         for fn, k in zip(transforms, keys, strict=False):
-            params = fn(params, key=k, **with_sites(fn, sites))
+            params = fn(params, key=k, **({"sites": sites} if sites is not None and takes_sites(fn) else {}))
         return params
 
     return chained
 
 
-def with_sites(fn: Callable, sites: Sites | None) -> dict[str, Sites]:
-    """`sites`, as an argument of a transform that takes them and was given none."""
+def takes_sites(fn: Callable) -> bool:
+    """Whether a transform takes `sites`, and was given none."""
     option = inspect.signature(fn).parameters.get("sites")
-    return {} if sites is None or option is None or option.default is not None else {"sites": sites}
+    return option is not None and option.default is None
 
 
 def default(key: jax.Array | None) -> jax.Array:

@@ -21,8 +21,8 @@ from jpeft.cli._methods import METHODS, check_length, quantizer
 from jpeft.cli._packing import Packed, Sequences
 from jpeft.cli._run import Row
 from jpeft.cli._samples import Reader, Samples
-from jpeft.cli._task import Task, sites_of
-from jpeft.hf._load import describe, load_tokenizer
+from jpeft.cli._task import Task
+from jpeft.hf._load import describe, load_tokenizer, model_sites, parameter_shapes
 
 
 class Causal(Task):
@@ -55,7 +55,7 @@ class Causal(Task):
         sequences = partial(Sequences, max_length=arguments.max_length, packed=self._packed)
         self.train, self.evaluation = (sequences(samples.kept) for samples in self._samples)
         with one_line():
-            self.sites = sites_of(architecture, model)
+            self.sites = model_sites(architecture, model, parameter_shapes(architecture, model))
             self.quantized = not self._method.frees
             quantize = quantizer(arguments.base, self.sites) if self.quantized else None
             dtype = arguments.dtype and jnp.dtype(arguments.dtype)

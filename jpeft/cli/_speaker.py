@@ -16,11 +16,11 @@ from jpeft.cli._arguments import option
 from jpeft.cli._base import Base, is_saved
 from jpeft.cli._errors import UserError, check_choice, one_line
 from jpeft.cli._methods import BASES, quantizer
-from jpeft.cli._task import check_tokenizer, sites_of
+from jpeft.cli._task import check_tokenizer
 from jpeft.generation._request import faults_of_sampling
 from jpeft.generation._sampling import Sampling
 from jpeft.hf._chat import stop_tokens
-from jpeft.hf._load import describe
+from jpeft.hf._load import describe, model_sites, parameter_shapes
 from jpeft.hf._repository import locate
 
 
@@ -144,4 +144,4 @@ def _sites(directory: Path, options: dict[str, Any]) -> jpeft.Sites:
     model = architecture.build(fields, **options)
     if not hasattr(model, "init_cache"):
         raise ValueError(f"{directory} has a model of type {fields['model_type']}, which writes no text")
-    return sites_of(architecture, model)
+    return model_sites(architecture, model, parameter_shapes(architecture, model))

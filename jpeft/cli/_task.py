@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import unflatten_dict
 
-from jpeft import Sites, sites
+from jpeft import Sites
 from jpeft.cli._arguments import Arguments
 from jpeft.cli._batches import Batches
 from jpeft.cli._errors import UserError
 from jpeft.cli._run import Row
-from jpeft.hf._load import parameter_shapes
-from jpeft.hf._names import Architecture
 
 
 if TYPE_CHECKING:
@@ -94,12 +91,6 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def export(self, directory: Path, params: Any, arguments: Arguments) -> None:
         """Write the trained parameters in other forms than that of `jpeft.save`."""
-
-
-def sites_of(architecture: Architecture, model: nn.Module) -> Sites:
-    """What `jpeft.sites` tells of a checkpoint's model, before its tensors are read."""
-    shapes = unflatten_dict(parameter_shapes(architecture, model), sep="/")
-    return sites(model, {"params": shapes}, **architecture.inputs(model))
 
 
 def check_tokenizer(tokenizer: "Tokenizer | None", source: Path, vocabulary: int) -> None:

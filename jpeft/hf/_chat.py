@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ._extra import extra
 from ._repository import file, read_json
@@ -140,7 +140,7 @@ def _compiled(source: str) -> "Template":
     class Generation(ext.Extension):
         """`{% generation %}...{% endgeneration %}` encloses what the model itself says."""
 
-        tags = {"generation"}  # noqa: RUF012
+        tags: ClassVar = {"generation"}
 
         def parse(self, parser):
             line = next(parser.stream).lineno

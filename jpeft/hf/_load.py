@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._apply import sites
 from .._lazy import Index, Lazy, read
 from .._targets import Sites
-from .._tree import with_sites
+from .._tree import takes_sites
 from ..models._sharding import AXES, shardings
 from . import architectures
 from ._extra import extra
 from ._match import Source, match
-from ._names import NO_HEAD, Architecture
+from ._names import NOTHING, Architecture
 from ._progress import progress
 from ._repository import file, locate, read_json
 from ._safetensors import checkpoint, most_common
@@ -83,7 +83,7 @@ def load(
     try:
         model = _build(architecture, fields, len(stored), dtype=own, param_dtype=own, **options)
         shapes = parameter_shapes(architecture, model)
-        head = architecture.head if task else NO_HEAD
+        head = architecture.head if task else NOTHING
         sources, new = match(architecture, model, shapes, stored, dtype=dtype, head=head)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
@@ -94,7 +94,9 @@ def load(
         initial = {path: jax.device_put(x, divided.get(path)) for path, x in initial.items()}
         params: Any = unflatten_dict({path: reader.lazy(path) for path in sources} | initial, sep="/")
         if quantize:
-            how = with_sites(quantize, _sites(architecture, model, shapes)) | ({} if key is None else {"key": key})
+            how = {} if key is None else {"key": key}
+            if takes_sites(quantize):
+                how["sites"] = model_sites(architecture, model, shapes)
             params = quantize(params, **how)
         params = jax.tree.map(read, params)
     if reader.bad:
@@ -118,7 +120,7 @@ def _build(architecture: Architecture, fields: Mapping[str, Any], tensors: int, 
     layers = {name: fields[name] for name in LAYERS if isinstance(fields.get(name), int) and fields[name] > tensors}
     if layers:
         raise ValueError(f"config.json says {layers}, but there are {tensors} tensors in all.")
-    if "head" in options and architecture.head == NO_HEAD:
+    if "head" in options and architecture.head == NOTHING:
         raise ValueError(f"{fields['model_type']} has no heads for tasks: leave `task` and `num_labels` out.")
     return architecture.build(fields, **options)
 
@@ -136,7 +138,8 @@ def load_tokenizer(directory: Path) -> "Tokenizer | None":
         raise ValueError(f"{path} describes no tokenizer: {error}") from error
 
 
-def _sites(architecture: Architecture, model: nn.Module, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Sites:
+def model_sites(architecture: Architecture, model: nn.Module, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Sites:
+    """What `jpeft.sites` tells of a checkpoint's model, before its tensors are read."""
     return sites(model, {"params": unflatten_dict(shapes, sep="/")}, **architecture.inputs(model))
 
 

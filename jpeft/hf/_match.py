@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._names import NO_HEAD, Architecture, Index, outputs, parts, places, to_theirs
+from ._names import NOTHING, Architecture, Index, outputs, parts, places, to_theirs
 from ._safetensors import Tensor
 
 
@@ -50,7 +50,7 @@ def match(
     stored: Mapping[str, Tensor],
     *,
     dtype: Any = None,
-    head: str = NO_HEAD,
+    head: str = NOTHING,
 ) -> tuple[dict[str, Source], list[str]]:
     """The source of every parameter in `shapes`, and the paths of those that match `head` and have none.
 

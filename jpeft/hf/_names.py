@@ -18,7 +18,7 @@ import numpy as np
 # The axes of our arrays, in this order: experts, height, width, inputs, outputs. Torch has them in another.
 CANONICAL = "ehwio"
 
-NO_HEAD = r"(?!)"  # matches nothing
+NOTHING = r"(?!)"  # a pattern that matches nothing
 TOKEN_IDS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 
@@ -72,10 +72,10 @@ class Architecture:
     rows: Callable[[nn.Module], tuple[Row, ...]]
     fields: Callable[[nn.Module], dict[str, Any]]
     prefix: str = ""
-    ignored: str = r"(?!)"
+    ignored: str = NOTHING
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    head: str = NO_HEAD
+    head: str = NOTHING
     inputs: Callable[[nn.Module], dict[str, jax.ShapeDtypeStruct]] = lambda model: {"input_ids": TOKEN_IDS}
 
 
