@@ -2,6 +2,7 @@
 
 from . import hf as hf
 from . import models as models
+from . import optim as optim
 from ._apply import Coverage as Coverage
 from ._apply import UnusedNodeError as UnusedNodeError
 from ._apply import apply as apply
@@ -90,6 +91,9 @@ from .reparam._pissa import olora as olora
 from .reparam._pissa import pissa as pissa
 from .reparam._vera import VeRA as VeRA
 from .reparam._vera import vera as vera
+from .selective._delta import Delta as Delta
+from .selective._delta import delta as delta
+from .selective._sparse import Sparse as Sparse
 from .selective._tokens import Tokens as Tokens
 from .selective._tokens import tokens as tokens
 from .selective._unfreeze import Free as Free

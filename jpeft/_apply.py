@@ -10,7 +10,8 @@ import jax
 
 from . import _linen
 from ._engine import Record, evaluate
-from ._node import Additive, is_node, value
+from ._node import Additive, Leaf, is_node, is_param, value
+from ._operands import fold_in
 from ._shared import SHARED, resolve
 from ._targets import Site, Sites
 from ._tree import Params, shared_arrays
@@ -85,8 +86,8 @@ def apply(
 
     **Arguments:**
 
-    - `rngs`: as for `model.apply`. A `"dropout"` key there, or a key by itself, turns the dropout of the nodes on; it
-      is passed on to a module, and not to a function.
+    - `rngs`: as for `model.apply`. A `"dropout"` key there, or a key by itself, turns the dropout and the random gates
+      of the nodes on; it is passed on to a module, and not to a function.
     - `allow_unused`: whether a node may be unused in this call.
 
     **Raises** `UnusedNodeError` for a node that the call never uses: its training would be a silent no-op.
@@ -157,7 +158,15 @@ def _run(target, variables, args, kwargs, rngs, follow=lambda _, x: is_node(x)):
                 return target.apply({**variables, "params": params}, *args, rngs=rngs, **kwargs)
             return target(params, *args, **kwargs)
 
+    bare = bare if key is None else _drawn(bare, key)
     return evaluate(fn, resolve(bare, shared_arrays(params)), follow, key, record), record
+
+
+def _drawn(params: Params, key: jax.Array) -> Params:
+    """The tree with the noise of its nodes drawn, of each with a key of its own."""
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_param)
+    noisy = (x.drawn(fold_in(key, n)) if isinstance(x, Leaf) else x for n, x in enumerate(leaves))
+    return treedef.unflatten(noisy)
 
 
 def _trace(target, variables, args, kwargs, rngs, follow) -> Record:

@@ -87,6 +87,10 @@ class Leaf(Node, meta.AxisMetadata):
         """
         return None
 
+    def drawn(self, key: jax.Array) -> "Leaf":
+        """The node as one call with a key for its randomness sees it, where it has some: its noise drawn."""
+        return self
+
     @property
     def original(self) -> Any:
         """What stood here before: an array, a box or another `Leaf`; `None` if the node does not keep it."""
@@ -177,6 +181,9 @@ class Reparam(Matrix):
 
     def rebuild(self, parameter):
         return self.replace(base=parameter)
+
+    def drawn(self, key):
+        return self.replace(base=self.base.drawn(key)) if isinstance(self.base, Leaf) else self
 
     @abc.abstractmethod
     def weight(self, w: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ._kernel import IN, OUT, STACK
 from ._node import Additive, is_param, whole
@@ -154,9 +155,36 @@ def kernels(params: Any, targets: Targets | None, sites: Sites | None) -> dict[s
     unsettled = {n: shapes[n] for n, given in axes.items() if given is None}
     if unsettled:
         raise ValueError(_ambiguous(unsettled))
+    return _fitting(leaves, axes)
+
+
+def parameters(params: Any, targets: Targets | None, sites: Sites | None) -> dict[str, str]:
+    """Letters for the axes of every parameter that is targeted, by name: for methods that act on entries one by one.
+
+    Those need no more of axes than which are stacked: where nothing settles the others, they are called outputs. By
+    default every floating-point parameter is targeted, but not the output head's.
+
+    **Raises** `ValueError` for a pattern that matches nothing, for letters that do not fit, and for integers.
+    """
+    leaves = named_leaves(params)
+    floating = {n: x for n, x in leaves.items() if jnp.issubdtype(whole(x).dtype, jnp.floating)}
+    in_head = lambda name: re.fullmatch(HEAD, f"{name.rpartition('/')[0]}/kernel".lstrip("/"))
+    found = select(targets or (lambda name, _: not in_head(name)), floating)
+
+    def letters(name, given):
+        known = given or (sites[name].axes if sites and name in sites else None)
+        call = sites.modules.get(name.rpartition("/")[0]) if sites else None
+        stacked, ndim = len(call.stack or ()) if call else 0, len(whole(leaves[name]).shape)
+        return known or ("io" if ndim == 2 and not stacked else STACK * stacked + OUT * (ndim - stacked))
+
+    return _fitting(leaves, {n: letters(n, given) for n, given in found.items()})
+
+
+def _fitting(leaves: Mapping[str, Any], axes: dict[str, str]) -> dict[str, str]:
     for n, given in axes.items():
-        if len(given) != len(shapes[n]) or set(given) - {IN, OUT, STACK}:
-            raise ValueError(f"{n!r} has shape {shapes[n]}: its axes cannot be {given!r}. A letter an axis, of 'ios'.")
+        shape = whole(leaves[n]).shape
+        if len(given) != len(shape) or set(given) - {IN, OUT, STACK}:
+            raise ValueError(f"{n!r} has shape {shape}: its axes cannot be {given!r}. A letter an axis, of 'ios'.")
     return axes
 
 

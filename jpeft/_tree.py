@@ -74,6 +74,7 @@ def wrap(
     sites: Sites | None = None,
     key: jax.Array | None = None,
     over_nodes: bool = True,
+    among: Callable = kernels,
     **given: Option,
 ) -> Params:
     """Put the `Matrix` node that `new(key, w, **options)` returns in place of every targeted kernel.
@@ -86,11 +87,12 @@ def wrap(
     - `targets`, `sites`: which kernels, and what their axes mean. See the page on targets.
     - `key`: split for every target. `jax.random.key(0)` if left out.
     - `over_nodes`: whether the node can stand over another.
+    - `among`: what can be targeted: `kernels`, or `parameters` of any shape where a node acts on entries one by one.
     - `given`: options of `new`, each one value or a mapping from patterns to values.
 
     **Raises** `ValueError` for targets that match nothing or are ambiguous, or hold a node that cannot be nested.
     """
-    axes = kernels(params, targets, sites)
+    axes = among(params, targets, sites)
     chosen = options(given, list(axes))
     keys = dict(zip(axes, jax.random.split(default(key), len(axes)), strict=True))
     shared = shared_arrays(params)

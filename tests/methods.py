@@ -62,6 +62,11 @@ def _sizes(*endings):
     return lambda params, sites: sum(math.prod(s.shape) for n, s in sites.items() if n.endswith(endings))
 
 
+def _but_head(params, sites):
+    """Every entry of every parameter but the output head's."""
+    return sum(math.prod(s.shape) for n, s in sites.items() if not n.startswith("lm_head"))
+
+
 def _in_layers(share):
     in_layers = lambda sites: sum(math.prod(s.shape) for n, s in sites.items() if n.startswith("layers"))
     return lambda params, sites: round(share * in_layers(sites))
@@ -127,6 +132,7 @@ METHODS = [
         lambda params, sites: sum(s * 5 * o for s, i, o in _kernels(sites)),
     ),
     Method("miss_mini", lambda p, s, key: jpeft.miss(p, rank=4, width=2, sites=s, key=key), _inputs(lambda i: 8)),
+    Method("delta", lambda p, s, key: jpeft.delta(p, sites=s, key=key), _but_head),
     Method(
         "tokens",
         lambda p, s, key: jpeft.tokens(p, ids=range(0, 32, 2), sites=s, key=key),

@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from .._node import Branch, Frozen, Static, Trainable, is_node
-from .._operands import dropout as drop
+from .._node import Frozen, Trainable, is_node
 from .._targets import Option, Sites, Targets
 from .._tree import Params, transform, wrap
 from ._factors import check
+from ._low_rank import LowRank
 
 
-class AdaLoRA(Branch):
+class AdaLoRA(LowRank):
     r"""$W' = W + s\,A\,\mathrm{diag}(e \odot mask)\,B$ with $s = \alpha / (r + 10^{-5})$, $r$ the rank at the start.
 
     Where `mask` is false, a triplet of a column of $A$, an entry of $e$ and a row of $B$ has no part in $W'$.
@@ -22,19 +22,14 @@ class AdaLoRA(Branch):
     e: Trainable[jax.Array, "rank"]
     b: Trainable[jax.Array, "rank out"]
     mask: Frozen[jax.Array, "rank"]
-    scale: Static[float]
-    dropout: Static[float] = 0.0
 
     @property
-    def left(self) -> jax.Array:
-        """The columns of A, each times its value: `(in, rank)`."""
+    def left(self):
         return self.a * (self.e * self.mask.astype(self.e.dtype))[..., None, :]
 
-    def weight(self, w):
-        return w + self.scale * (self.left @ self.b)
-
-    def branch(self, x, key):
-        return self.scale * (drop(x, self.dropout, key) @ self.left) @ self.b
+    @property
+    def right(self):
+        return self.b
 
 
 def orthogonality(params: Params) -> jax.Array:

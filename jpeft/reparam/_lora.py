@@ -2,14 +2,14 @@
 
 import jax
 
-from .._node import Branch, Static, Trainable
-from .._operands import dropout as drop
+from .._node import Trainable
 from .._targets import Option, Sites, Targets
 from .._tree import Params, transform, wrap
 from ._factors import check, factors, scale_of
+from ._low_rank import LowRank
 
 
-class LoRA(Branch):
+class LoRA(LowRank):
     r"""$W' = W + s A B$, and on activations $y = x W + s\,\mathrm{drop}(x) A B$.
 
     Hu et al., [LoRA: Low-Rank Adaptation of Large Language Models](https://arxiv.org/abs/2106.09685), ICLR 2022.
@@ -17,14 +17,14 @@ class LoRA(Branch):
 
     a: Trainable[jax.Array, "in rank"]
     b: Trainable[jax.Array, "rank out"]
-    scale: Static[float]
-    dropout: Static[float] = 0.0
 
-    def weight(self, w):
-        return w + self.scale * (self.a @ self.b)
+    @property
+    def left(self):
+        return self.a
 
-    def branch(self, x, key):
-        return self.scale * (drop(x, self.dropout, key) @ self.a) @ self.b
+    @property
+    def right(self):
+        return self.b
 
 
 @transform

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from .._kernel import folded
-from .._node import Branch, Frozen, Static, Trainable, whole
-from .._operands import dropout as drop
+from .._node import Frozen, Static, Trainable, whole
 from .._shared import share
 from .._targets import Option, Sites, Targets, kernels, named_leaves
 from .._tree import Params, default, transform, wrap
 from ._factors import check, uniform
+from ._low_rank import LowRank
 
 
-class VeRA(Branch):
+class VeRA(LowRank):
     r"""$W' = W + A_{:in}\,\mathrm{diag}(d)\,B_{:,:out}\,\mathrm{diag}(b)$; all nodes share one random $A$ and $B$.
 
     Kopiczko et al., [VeRA: Vector-based Random Matrix Adaptation](https://arxiv.org/abs/2310.11454), ICLR 2024.
@@ -23,21 +23,14 @@ class VeRA(Branch):
     d: Trainable[jax.Array, "rank"]
     b: Trainable[jax.Array, "out"]
     features_in: Static[int]
-    dropout: Static[float] = 0.0
 
     @property
-    def left(self) -> jax.Array:
+    def left(self):
         return jnp.einsum("ir,...r->...ir", self.project_a[: self.features_in], self.d)
 
     @property
-    def right(self) -> jax.Array:
+    def right(self):
         return jnp.einsum("ro,...o->...ro", self.project_b[:, : self.b.shape[-1]], self.b)
-
-    def weight(self, w):
-        return w + self.left @ self.right
-
-    def branch(self, x, key):
-        return drop(x, self.dropout, key) @ self.left @ self.right
 
 
 @transform

@@ -13,12 +13,13 @@ from test_examples import PAGES, ROOT, blocks
 import jpeft
 import jpeft.hf
 import jpeft.models
+import jpeft.optim
 
 
 DOCUMENTED = re.findall(r"^::: (jpeft\.\S+)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
 PUBLIC = {
     f"{module.__name__}.{name}": x
-    for module in (jpeft, jpeft.hf, jpeft.models)
+    for module in (jpeft, jpeft.hf, jpeft.models, jpeft.optim)
     for name, x in vars(module).items()
     if not name.startswith("_") and not inspect.ismodule(x)
 }

@@ -1,37 +1,11 @@
 """Every method against Hugging Face's PEFT on a torch layer: outputs, merged weights, and gradients of every array."""
 
-from pathlib import Path
-
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peft_layers import adapted, check_gradients, check_merged, check_outputs, core, fields, flat, of_case, same, turned
 
 import jpeft
-
-
-ARRAYS = dict(np.load(Path(__file__).parents[1] / "fixtures" / "reparam" / "peft.npz"))
-WINDOW = (3, 2)
-
-
-def turned(x):
-    """A torch array `(out, in, *window)` as a matrix `(window in, out)`."""
-    return np.transpose(x, (*range(2, x.ndim), 1, 0)).reshape(-1, x.shape[0])
-
-
-def flat(x):
-    """The same of one whose window is flat, and the fastest axis: `(out, in window)`."""
-    return turned(x.reshape(x.shape[0], -1, *WINDOW))
-
-
-def core(x):
-    """A core `(rank, rank, *window)` as `(window, rank, rank)`."""
-    return np.transpose(x, (2, 3, 1, 0)).reshape(-1, *x.shape[:2])
-
-
-def same(x):
-    return x
 
 
 LOW_RANK = {"a": ("lora_A.weight", turned), "b": ("lora_B.weight", turned)}
@@ -108,62 +82,33 @@ CASES = {
 }
 
 
-def fields(arrays, kind, places):
-    """The node's fields, from PEFT's arrays of a kind: `adapter`, `gradient` or `start`."""
-    one = lambda place: jnp.asarray(place[1](arrays[f"{kind}/{place[0]}"]))
-    return {name: tuple(map(one, at)) if isinstance(at, list) else one(at) for name, at in places.items()}
-
-
 @pytest.fixture(params=CASES, scope="module")
 def case(request):
-    """A model, its parameters with PEFT's arrays in the node, input, output, and PEFT's gradients by field."""
+    """A model, its parameters with PEFT's arrays in the node, the node's name, input, output, and PEFT's gradients."""
     transform, options, places = CASES[request.param]
-    arrays = {key.partition("/")[2]: x for key, x in ARRAYS.items() if key.startswith(f"{request.param}/")}
-    x, y, weight = (jnp.asarray(arrays[name]) for name in ("x", "y", "base/weight"))
-    name, model, params = "kernel", nn.Dense(8), {"kernel": jnp.asarray(turned(weight))}
-    if x.ndim == 4:
-        x, y = jnp.moveaxis(x, 1, -1), jnp.moveaxis(y, 1, -1)
-        model = nn.Conv(6, WINDOW, strides=(2, 1), padding=((1, 1), (0, 0)))
-        params["kernel"] = jnp.transpose(weight, (2, 3, 1, 0))
-    elif x.ndim == 2:
-        name, model, params = "embedding", nn.Embed(11, 6), {"embedding": weight}
-    if "base/bias" in arrays:
-        params["bias"] = jnp.asarray(arrays["base/bias"])
-    params = transform(params, targets=name, sites=jpeft.sites(model, {"params": params}, x), **options)
-    found = fields(arrays, "adapter", places)
-    assert jax.tree.map(jnp.shape, {n: getattr(params[name], n) for n in found}) == jax.tree.map(jnp.shape, found)
+    arrays = of_case("reparam/peft.npz", request.param)
+    model, params, name, x, y = adapted(arrays, transform, options, places)
     if "start/lora_A.weight" in arrays:  # of these the product is settled, but not the sign of each factor
-        start = fields(arrays, "start", places)
-        node = params[name]
-        np.testing.assert_allclose(node.start_a @ node.start_b, start["a"] @ start["b"], atol=1e-5)
-        found |= {"start_a": start["a"], "start_b": start["b"]}
+        start, node = fields(arrays, "start", places), params[name]
+        begun = transform({name: node.base}, targets=name, **options)[name]
+        np.testing.assert_allclose(begun.start_a @ begun.start_b, start["a"] @ start["b"], atol=1e-5)
+        params[name] = node.replace(start_a=start["a"], start_b=start["b"])
     if "adapter/vera_A" in arrays:
         params["jpeft_shared"] = {n: jnp.asarray(turned(arrays[f"adapter/{n}"])) for n in ("vera_A", "vera_B")}
-        found |= {"project_a": jpeft.Ref("vera_A"), "project_b": jpeft.Ref("vera_B")}
-    params[name] = params[name].replace(**found)
-    return model, params, x, y, params[name], fields(arrays, "gradient", places)
+        params[name] = params[name].replace(project_a=jpeft.Ref("vera_A"), project_b=jpeft.Ref("vera_B"))
+    return model, params, name, x, y, fields(arrays, "gradient", places)
 
 
 def test_outputs(case):
-    model, params, x, y, *_ = case
-    np.testing.assert_allclose(jpeft.apply(model, {"params": params}, x), y, rtol=1e-5, atol=1e-5)
+    model, params, _, x, y, _ = case
+    check_outputs(model, params, x, y)
 
 
 def test_merged_weights(case):
-    model, params, x, y, *_ = case
-    np.testing.assert_allclose(model.apply({"params": jpeft.merge(params)}, x), y, rtol=1e-5, atol=2e-5)
+    model, params, _, x, y, _ = case
+    check_merged(model, params, x, y)
 
 
 def test_gradients(case):
-    model, params, x, _, node, want = case
-    trainable, frozen = jpeft.partition(params)
-
-    def loss(trainable):
-        return jnp.sum(jpeft.apply(model, {"params": jpeft.combine(trainable, frozen)}, x) ** 2) / 2
-
-    (gradient,) = (
-        g for g in jax.tree.leaves(jax.jit(jax.grad(loss))(trainable), is_leaf=lambda g: isinstance(g, type(node)))
-    )
-    for name, expected in want.items():
-        for found, exact in zip(jax.tree.leaves(getattr(gradient, name)), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max(), err_msg=name)
+    model, params, name, x, _, want = case
+    check_gradients(model, params, name, x, want)

@@ -1,0 +1,1 @@
+"""What PEFT asks of optimizers: Optax transforms, and transitions between two steps."""
