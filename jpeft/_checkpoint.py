@@ -13,7 +13,7 @@ from ._manifest import build, complete, describe, keys, kind, pointer
 from ._node import Additive, is_param, whole
 from ._shared import SHARED, resolve
 from ._storage import CheckpointError, Json, dumps, read, write
-from ._tree import Params, partition, shared_arrays, strip
+from ._tree import Params, shared_arrays, strip
 
 
 class BaseMismatchError(CheckpointError):
@@ -32,11 +32,9 @@ def save(path: str | os.PathLike, params: Params, *, overwrite: bool = False) ->
     - `overwrite`: whether a checkpoint that is there may be replaced. It stays whole until the new one is.
 
     **Raises** `FileExistsError` for a checkpoint that is there without `overwrite`, and for a directory that holds
-    anything else; `ValueError` if nothing trains; `TypeError` for a node that holds something other than arrays,
-    numbers, strings and dtypes.
+    anything else; `ValueError` if there is nothing but the base; `TypeError` for a node that holds something other than
+    arrays, numbers, strings and dtypes.
     """
-    if not any(np.size(x) for x in jax.tree.leaves(partition(params)[0])):
-        raise ValueError("Nothing in this tree trains. Apply a method before you save it: `jpeft.lora(params)`.")
     shared, arrays = shared_arrays(params), {}
     parameters, beside = {}, {}
     for name, x in _named(params).items():
@@ -44,6 +42,8 @@ def save(path: str | os.PathLike, params: Params, *, overwrite: bool = False) ->
             beside[name] = describe(x, name, arrays, of_base=False)
         else:
             parameters[name] = _shape(resolve(x, shared)) | {"is": describe(x, name, arrays, of_base=True)}
+    if not any(map(np.size, arrays.values())):
+        raise ValueError("There is nothing in this tree but its base. Apply a method first: `jpeft.lora(params)`.")
     content = {"jpeft": importlib.metadata.version("jpeft"), "parameters": parameters, "beside": beside}
     return write(Path(path).absolute(), arrays, content, overwrite=overwrite)
 

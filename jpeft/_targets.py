@@ -24,7 +24,9 @@ TABLE = (
     r"(.*/)?(word|word_embeddings|token|token_embed\w*|tok_embeddings|embed_tokens|embed|embedder|wte|shared)"
     r"/(embedding|input_embedding)"
 )
-HEAD = r"(.*/)?(lm_head|head|classifier|classification_head|logits|output_layer|score)/kernel"
+FEED_FORWARD = r"(.*/)?(\w*mlp|ffn|feed_forward)(_\d+)?"
+HEADS = ("lm_head", "head", "classifier", "classification_head", "logits", "output_layer", "score")
+HEAD = rf"(.*/)?({'|'.join(HEADS)})/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,10 @@ def no_match(patterns: Sequence[str], names: Sequence[str], what: str = "paramet
         plain = re.sub(r"[\\.*+?^$()\[\]|]+", "", pattern)
         near = [n for n in names if re.search(pattern, n)] or difflib.get_close_matches(plain, names, 3, 0.5)
         lines.append(f"{pattern!r} matches no {what}." + (f" Near: {', '.join(near[:3])}." if near else ""))
+        heads = [head for head in HEADS if re.fullmatch(pattern, f"{head}/kernel")]
+        tables = [n for n in names if re.fullmatch(TABLE, n)]
+        if heads and tables and not re.fullmatch(pattern, "other/kernel"):
+            lines[-1] += f" An output head that is tied to the embeddings is one parameter with them: {tables[0]}."
     names = [n for n in names if n]  # the model itself, as a module, has none
     lines.append(f"A pattern must match the whole name. There are {len(names)}: {', '.join(names[:8])}")
     return ValueError("\n".join(lines) + (", ..." if len(names) > 8 else "."))

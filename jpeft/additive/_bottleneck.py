@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from .._node import Additive, Static, Trainable
 from .._operands import dropout as drop
-from .._targets import Option, Sites, Targets
+from .._targets import FEED_FORWARD, Option, Sites, Targets
 from .._tree import Params, attach, transform
 
 
@@ -42,15 +42,14 @@ def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 _ATTENTION = r"(.*/)?(\w*attention|\w*attn)(_\d+)?"
-_MLP = r"(.*/)?(\w*mlp|ffn|feed_forward)(_\d+)?"
 ATTENTION_OUT = _ATTENTION + "/(out|o_proj|out_proj|c_proj|output|wo|dense)"
-MLP_OUT = _MLP + "/(down|down_proj|out|c_proj|fc2|wo|output|dense)"
+MLP_OUT = FEED_FORWARD + "/(down|down_proj|out|c_proj|fc2|wo|output|dense)"
 
 # placement -> modules, activation, scale, parallel
 PLACEMENTS = {
     "houlsby": ((ATTENTION_OUT, MLP_OUT), "gelu", 1.0, False),
     "pfeiffer": ((MLP_OUT,), "relu", 1.0, False),
-    "parallel": ((_MLP,), "relu", 4.0, True),
+    "parallel": ((FEED_FORWARD,), "relu", 4.0, True),
 }
 
 
