@@ -1,10 +1,14 @@
-"""All that jpeft knows of JAX's internals: how to evaluate an equation of a jaxpr, and the rules of a `custom_vjp`."""
+"""All that jpeft knows of JAX's internals: how to evaluate an equation of a jaxpr, and the rules of a `custom_vjp`.
+
+And what has to be said to its compilers.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core as jex
 
 
@@ -39,6 +43,11 @@ def custom_vjp_rules(eqn: Any) -> tuple[Callable, Callable, Callable[[], list[in
         return [jnp.asarray(ct) if _is_array(ct) else jnp.zeros(a.shape, a.dtype) for ct, a in cts]
 
     return fwd, bwd, lambda: eqn.params["out_trees"]()[2]
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """`x`, laid out row by row: of a Fourier transform's result in another layout, XLA for CPU fails."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _is_array(x: Any) -> bool:

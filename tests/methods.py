@@ -2,22 +2,40 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
+
 import jpeft
-from jpeft.testing import LAYERS, Method
+from jpeft.testing import LAYERS, Method, shaken
 
 
 STARTS_ELSEWHERE = "the model runs on more positions, and attends to the prompt from the first step on"
 ROUNDED = "rounded kernels do not train: it refuses them"
+NOT_IN_ONE = "what all kernels share is in the tree, and not in the one parameter that is unboxed"
 AFFINE = {"unboxes": "it stands beside the kernel, which is unboxed as it is"}
+MASKED = {"trains": "a mask is a step, and its gradient that of a line: no slope of the loss"}
+ROWS = {
+    "unboxes": "a lifted transform slices all arrays alike, and refuses a parameter that is held in two parts",
+    "scans": "of a stacked parameter some rows train; unrolled layers train or do not as a whole",
+}
 NO_WEIGHTS = dict.fromkeys(("merges", "unboxes"), "it acts on activations, and is no function of the weights")
 
 
+def _targeted(sites):
+    """Every kernel that is no output head."""
+    return [site for site in sites.values() if site.path.endswith("kernel") and not site.path.startswith("lm_head")]
+
+
 def _kernels(sites):
-    """The `(stack, in, out)` of every kernel that is no output head."""
-    for site in sites.values():
-        if site.path.endswith("kernel") and not site.path.startswith("lm_head"):
-            size = lambda letter, s=site: math.prod(n for n, c in zip(s.shape, s.axes, strict=True) if c == letter)
-            yield size("s"), size("i"), size("o")
+    """Their `(stack, in, out)`."""
+    for site in _targeted(sites):
+        size = lambda letter, s=site: math.prod(n for n, c in zip(s.shape, s.axes, strict=True) if c == letter)
+        yield size("s"), size("i"), size("o")
+
+
+def _of_kernels(params, sites):
+    """Every entry of every kernel but the output head's."""
+    return sum(s * i * o for s, i, o in _kernels(sites))
 
 
 def _low_rank(rank):
@@ -67,6 +85,12 @@ def _but_head(params, sites):
     return sum(math.prod(s.shape) for n, s in sites.items() if not n.startswith("lm_head"))
 
 
+def _matrices(sites):
+    """How many parameters there are but the output head's, those of every layer counted."""
+    counted = lambda name: LAYERS if name.startswith("layers/") else 1
+    return sum(counted(name) for name in sites if not name.startswith("lm_head"))
+
+
 def _in_layers(share):
     in_layers = lambda sites: sum(math.prod(s.shape) for n, s in sites.items() if n.startswith("layers"))
     return lambda params, sites: round(share * in_layers(sites))
@@ -74,6 +98,21 @@ def _in_layers(share):
 
 def _bottleneck(width, modules):
     return lambda params, sites: LAYERS * sum(width * (i + o) + width + o for i, o in modules)
+
+
+def _inputs_of(sites):
+    """Sums over random rows for every kernel, as `capture_inputs` has them."""
+    found = {}
+    for site, (stack, size, _) in zip(_targeted(sites), _kernels(sites), strict=True):
+        x = jax.random.normal(jax.random.key(len(found)), (*[stack] * site.axes.count("s"), 20, size))
+        sums = {"count": jnp.full(x.shape[:-2], 20.0), "total": jnp.sum(x, -2), "energy": jnp.sum(x**2, (-1, -2))}
+        found[site.path] = jpeft.Inputs(**sums, product=x.mT @ x, axes=site.axes)
+    return found
+
+
+def _gradients_of(sites):
+    """Random gradients of every kernel."""
+    return {x.path: jax.random.normal(jax.random.key(n), x.shape) for n, x in enumerate(_targeted(sites))}
 
 
 METHODS = [
@@ -91,12 +130,83 @@ METHODS = [
     ),
     Method("pissa", lambda p, s, key: jpeft.pissa(p, rank=3, alpha=6, sites=s, key=key), _low_rank(3)),
     Method("olora", lambda p, s, key: jpeft.olora(p, rank=3, sites=s, key=key), _low_rank(3)),
+    Method("eva", lambda p, s, key: jpeft.eva(p, inputs=_inputs_of(s), rank=3, rho=1, alpha=6), _low_rank(3)),
+    Method("corda", lambda p, s, key: jpeft.corda(p, inputs=_inputs_of(s), rank=3, alpha=6), _low_rank(3)),
+    Method(
+        "lora_ga",
+        lambda p, s, key: jpeft.lora_ga(p, gradients=_gradients_of(s), rank=3, alpha=6, sites=s),
+        _low_rank(3),
+    ),
+    Method(
+        "loftq",
+        lambda p, s, key: jpeft.quantize_with_adapter(p, quantize=jpeft.int4(group=8), rank=3, steps=2, sites=s),
+        _low_rank(3),
+        exceptions={
+            "identity": "its base is rounded, and the term is near to what is lost",
+            "strips": "it takes a float base away, and leaves codes",
+            "saves": "its codes are none that the base by itself has: it is restored onto its own",
+            "int8": "it quantizes kernels itself",
+            "nf4": "it quantizes kernels itself",
+        },
+    ),
     Method("adalora", lambda p, s, key: jpeft.adalora(p, rank=3, alpha=60, sites=s, key=key), _adalora(3)),
     Method(
         "vera",
         lambda p, s, key: jpeft.vera(p, rank=5, sites=s, key=key),
         _vera(5),
-        exceptions={"unboxes": "what all kernels share is in the tree, and not in the one parameter that is unboxed"},
+        exceptions={"unboxes": NOT_IN_ONE},
+    ),
+    Method(
+        "lora_fa",
+        lambda p, s, key: jpeft.lora(p, rank=3, alpha=6, freeze_a=True, sites=s, key=key),
+        lambda params, sites: sum(s * 3 * o for s, i, o in _kernels(sites)),
+    ),
+    Method(
+        "moslora",
+        lambda p, s, key: jpeft.moslora(p, rank=3, alpha=6, sites=s, key=key),
+        lambda params, sites: sum(s * 3 * (i + 3 + o) for s, i, o in _kernels(sites)),
+    ),
+    Method(
+        "lora_xs",
+        lambda p, s, key: jpeft.lora_xs(p, rank=5, sites=s, key=key),
+        lambda params, sites: sum(s * 5 * 5 for s, i, o in _kernels(sites)),
+    ),
+    Method(
+        "tinylora",
+        lambda p, s, key: jpeft.tinylora(p, length=6, sites=s, key=key),
+        lambda params, sites: sum(s * 6 for s, i, o in _kernels(sites)),
+    ),
+    Method(
+        "tinylora_shared",
+        lambda p, s, key: jpeft.tinylora(p, length=6, group={".*attention/.*": "one", ".*": "two"}, sites=s, key=key),
+        lambda params, sites: 2 * 6,
+        exceptions={"unboxes": NOT_IN_ONE},
+    ),
+    Method(
+        "vblora",
+        lambda p, s, key: jpeft.vblora(p, rank=2, vectors=6, length=4, sites=s, key=key),
+        lambda params, sites: 6 * 4 + sum(s * 2 * 6 * (i + o) // 4 for s, i, o in _kernels(sites)),
+        exceptions={
+            "identity": "its start, a product of two factors of about 0.01, is near the identity",
+            "unboxes": NOT_IN_ONE,
+        },
+    ),
+    Method(
+        "delora",
+        lambda p, s, key: jpeft.delora(p, rank=3, bound=2.0, sites=s, key=key),
+        lambda params, sites: sum(s * (3 * (i + o) + 1) for s, i, o in _kernels(sites)),
+    ),
+    Method("gralora", lambda p, s, key: jpeft.gralora(p, rank=4, alpha=8, sites=s, key=key), _low_rank(4)),
+    Method(
+        "gralora_hybrid",
+        lambda p, s, key: jpeft.gralora(p, rank=4, blocks=4, hybrid=2, sites=s, key=key),
+        _low_rank(4 + 2),
+    ),
+    Method(
+        "randlora",
+        lambda p, s, key: jpeft.randlora(p, rank=3, alpha=6, sites=s, key=key),
+        lambda params, sites: sum(s * -(-min(i, o) // 3) * (3 + min(i, o)) for s, i, o in _kernels(sites)),
+        exceptions={"unboxes": NOT_IN_ONE},
     ),
     Method("hira", lambda p, s, key: jpeft.hira(p, rank=3, sites=s, key=key), _low_rank(3)),
     Method("loha", lambda p, s, key: jpeft.loha(p, rank=3, alpha=6, sites=s, key=key), _loha(3)),
@@ -107,6 +217,74 @@ METHODS = [
             p, rank=1, decompose_both=True, decompose_factor=4, init="lycoris", sites=s, key=key
         ),
         _lokr_both(4),
+    ),
+    Method("krona", lambda p, s, key: jpeft.krona(p, scale=2.0, sites=s, key=key), _lokr(16)),
+    Method(
+        "krona_residual",
+        lambda p, s, key: jpeft.krona(p, factor=2, residual=True, targets=".*/(query|out)/kernel", sites=s, key=key),
+        lambda params, sites: LAYERS * 2 * (2 * 2 + 8 * 8 + 1),
+    ),
+    Method(
+        "krona_parallel",
+        lambda p, s, key: jpeft.krona(p, residual=True, placement="parallel", sites=s, key=key),
+        lambda params, sites: LAYERS * (4 * 4 + 4 * 4 + 1),
+        exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "said",
+        lambda p, s, key: jpeft.said(p, dimension=80, sites=s, key=key),
+        lambda params, sites: 80,
+        exceptions={"unboxes": NOT_IN_ONE},
+    ),
+    Method(
+        "did_dense",
+        lambda p, s, key: jpeft.said(p, dimension=60, structure_aware=False, projection="dense", sites=s, key=key),
+        lambda params, sites: 60,
+        exceptions={"unboxes": NOT_IN_ONE},
+    ),
+    Method(
+        "fourierft",
+        lambda p, s, key: jpeft.fourierft(p, frequencies=20, sites=s, key=key),
+        lambda params, sites: sum(s * 20 for s, i, o in _kernels(sites)),
+        exceptions={"unboxes": NOT_IN_ONE, "identity": "its frequencies start at random"},
+    ),
+    Method(
+        "fourierft_zeros",
+        lambda p, s, key: jpeft.fourierft(p, frequencies=30, scale=50.0, init="zeros", sites=s, key=key),
+        lambda params, sites: sum(s * 30 for s, i, o in _kernels(sites)),
+        exceptions={"unboxes": NOT_IN_ONE},
+    ),
+    Method(
+        "c3a",
+        lambda p, s, key: jpeft.c3a(p, sites=s, key=key),
+        lambda params, sites: sum(s * i * o // math.gcd(i, o) for s, i, o in _kernels(sites)),
+        exceptions={"identity": "its convolutions start at random"},
+    ),
+    Method(
+        "c3a_zeros",
+        lambda p, s, key: jpeft.c3a(p, block=4, init="zeros", sites=s, key=key),
+        lambda params, sites: sum(s * i * o // 4 for s, i, o in _kernels(sites)),
+    ),
+    Method(
+        "qalora",
+        lambda p, s, key: jpeft.qalora(p, rank=3, alpha=6, group=8, sites=s, key=key),
+        lambda params, sites: sum(s * 3 * (i // 8 + o) for s, i, o in _kernels(sites)),
+    ),
+    *(
+        Method(
+            f"road_{variant}",
+            lambda p, s, key, v=variant: jpeft.road(p, targets=".*/(value|out)", variant=v, group=8, sites=s, key=key),
+            lambda params, sites, v=variant: LAYERS * v * (8 + 16),
+            exceptions=AFFINE,
+        )
+        for variant in (1, 2, 4)
+    ),
+    Method(
+        "road_encoder",
+        lambda p, s, key: jpeft.road(p, targets=".*/(query|up)", group={".*query": 4, ".*": 32}, sites=s, key=key),
+        lambda params, sites: LAYERS * (16 + 32),
+        model="encoder",
+        exceptions=AFFINE,
     ),
     Method("oft", lambda p, s, key: jpeft.oft(p, block=8, sites=s, key=key), _inputs(lambda i: i // 8 * 28)),
     Method(
@@ -132,7 +310,52 @@ METHODS = [
         lambda params, sites: sum(s * 5 * o for s, i, o in _kernels(sites)),
     ),
     Method("miss_mini", lambda p, s, key: jpeft.miss(p, rank=4, width=2, sites=s, key=key), _inputs(lambda i: 8)),
+    Method(
+        "diff_pruning",
+        lambda p, s, key: jpeft.diff_pruning(p, start=0.5, sites=s, key=key),
+        lambda params, sites: 2 * _but_head(params, sites) + _matrices(sites),
+    ),
+    Method(
+        "diff_pruning_entries",
+        lambda p, s, key: jpeft.diff_pruning(p, start=0.5, structured=False, bounds=(-1.0, 2.0), sites=s, key=key),
+        lambda params, sites: 2 * _but_head(params, sites),
+    ),
     Method("delta", lambda p, s, key: jpeft.delta(p, sites=s, key=key), _but_head),
+    Method(
+        "sparse",
+        lambda p, s, key: jpeft.sparse(p, mask=jpeft.random_mask(p, density=0.25, scope="each", sites=s), sites=s),
+        lambda params, sites: _but_head(params, sites) // 4,
+    ),
+    Method("shira", lambda p, s, key: jpeft.shira(p, rank=2, sites=s, key=key), _low_rank(2)),
+    Method(
+        "spiel",
+        lambda p, s, key: jpeft.spiel(p, density=0.2, sites=s, key=key),
+        lambda params, sites: sum(s * round(0.2 * i * o) for s, i, o in _kernels(sites)),
+    ),
+    Method(
+        "piggyback",
+        lambda p, s, key: jpeft.piggyback(p, sites=s, key=key),
+        _of_kernels,
+        exceptions=MASKED,
+    ),
+    Method(
+        "piggyback_ternary",
+        lambda p, s, key: jpeft.piggyback(p, negative=0.0, sites=s, key=key),
+        _of_kernels,
+        exceptions=MASKED,
+    ),
+    Method(
+        "far",
+        lambda p, s, key: jpeft.far(p, primed=shaken(jpeft.merge(p), key), retention=0.25, sites=s),
+        lambda params, sites: LAYERS * ((16 + 1) * 8 + (32 + 1) * 4),
+        model="encoder",
+        exceptions={"identity": "it starts from where the priming has left it"},
+    ),
+    Method(
+        "far_rewound",
+        lambda p, s, key: jpeft.far(p, primed=shaken(jpeft.merge(p), key), retention=0.5, rewind=True, sites=s),
+        lambda params, sites: LAYERS * (2 * 16 * 16 + 32 * 8),
+    ),
     Method(
         "tokens",
         lambda p, s, key: jpeft.tokens(p, ids=range(0, 32, 2), sites=s, key=key),
@@ -164,6 +387,12 @@ METHODS = [
         _sizes("/bias"),
         model="encoder",
     ),
+    Method(
+        "bitfit_created",
+        lambda p, s, key: jpeft.bitfit(p, create=True, sites=s),
+        lambda params, sites: sum(s * o for s, i, o in _kernels(sites)),
+        exceptions=AFFINE | {"merges": "the model has no biases that they could become"},
+    ),
     Method("norms", lambda p, s, key: jpeft.norms(p), _sizes("/scale", "norm/bias"), model="encoder"),
     Method(
         "unfreeze",
@@ -174,8 +403,20 @@ METHODS = [
         "last_layers",
         lambda p, s, key: jpeft.last_layers(p, k=1),
         _in_layers(1 / LAYERS),
+        exceptions=ROWS | {"int8": ROUNDED, "nf4": ROUNDED},
+    ),
+    Method(
+        "unfreeze_layers",
+        lambda p, s, key: jpeft.unfreeze(p, targets=jpeft.patterns.NORM, layers=[0]),
+        lambda params, sites: 2 * 16,
+        exceptions=ROWS,
+    ),
+    Method(
+        "blocks",
+        lambda p, s, key: jpeft.blocks(p, layers=[1]),
+        _in_layers(1 / LAYERS),
         exceptions={
-            "unboxes": "a lifted transform slices all arrays alike, and refuses a parameter that is held in two parts",
+            "unboxes": "what trains of a stack is in the tree, and not in the one parameter that is unboxed",
             "scans": "of a stacked parameter some rows train; unrolled layers train or do not as a whole",
             "int8": ROUNDED,
             "nf4": ROUNDED,

@@ -1,6 +1,6 @@
 """Every law, for every row of the table of methods, on float, int8 and nf4 bases, unrolled and scanned.
 
-Scanned float bases and int8 ones are slow tests, but for LoRA.
+Of most methods the cases on one base are a part of the quick tests: nf4 and scanned, where the method can be on it.
 """
 
 import pytest
@@ -12,7 +12,8 @@ from jpeft.testing import LAWS, cases, subject
 def case(method, law, base, scan):
     name = f"{method.name}-{law}-{base}-{'scanned' if scan else 'unrolled'}"
     marks = [pytest.mark.xdist_group(method.name)]
-    if (base, scan) in (("float", True), ("int8", False)) and method.name != "lora":
+    quick = ("float", False) if "nf4" in method.exceptions else ("nf4", True)
+    if (base, scan) != quick and law != "keeps_dtypes" and method.name not in ("lora", "bitfit", "prompt"):
         marks.append(pytest.mark.slow)
     return pytest.param(method, law, base, scan, id=name, marks=marks)
 

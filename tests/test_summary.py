@@ -59,7 +59,7 @@ def test_totals(method, trainable, added, dtype):
 def test_stacked_quantized_and_partly_trained():
     params = {"layers": {"kernel": jnp.ones((4, 130, 8)), "bias": jnp.ones((4, 8))}}  # rows fill up the last group
     quantized = jpeft.int4(params, targets={".*kernel": "sio"})
-    (bias, kernel) = summary(jpeft.last_layers(quantized, k=1, layers="(?P<stack>layers)/bias")).rows
+    (bias, kernel) = summary(jpeft.last_layers(quantized, k=1, pattern="(?P<stack>layers)/bias")).rows
     assert (bias.kind, bias.shape, bias.trainable, bias.total) == ("Rows", (4, 8), 8, 32)
     assert (kernel.kind, kernel.shape, kernel.trainable, kernel.total) == ("Int4", (4, 130, 8), 0, 4 * 130 * 8)
     assert kernel.frozen_bytes == size(quantized["layers"]["kernel"]) < 4 * 130 * 8

@@ -18,3 +18,4 @@ from ._t5_cache import T5Cache as T5Cache
 from ._t5_layers import T5Config as T5Config
 from ._vit import ViT as ViT
 from ._vit import ViTConfig as ViTConfig
+from ._vit import ViTLayer as ViTLayer

@@ -74,6 +74,7 @@ def lokr(
     decompose_both: bool = False,
     decompose_factor: int = -1,
     effective_conv: bool = False,
+    scale_arrays: bool = True,
     targets: Targets | None = None,
     sites: Sites | None = None,
     key: jax.Array | None = None,
@@ -84,11 +85,13 @@ def lokr(
 
     - `rank`: of $W_2$, and the term's scale; a number, or a mapping from patterns to numbers, as is `alpha`. $W_2$ is
       factored if its larger side is more than twice the rank, and is an array otherwise.
-    - `alpha`: the product is scaled by $s$ = `alpha / rank`, factored or not. Left out, $s = 1$.
+    - `alpha`: the product is scaled by $s$ = `alpha / rank`. Left out, $s = 1$.
     - `init`: which matrix starts at zero: $W_1$ for `"peft"`, $W_2$ for `"lycoris"`. The other one is uniform.
     - `decompose_both`: whether $W_1$ is factored by the same rule.
     - `decompose_factor`: the size of $W_1$ on both sides, where it is a divisor; -1 for divisors near the square root.
     - `effective_conv`: factor the kernels of convolutions over their windows, too.
+    - `scale_arrays`: whether it is so scaled, too, where neither $W_1$ nor $W_2$ is factored, as in PEFT; or $s = 1$
+      there, as in LyCORIS.
     - `targets`, `sites`: which kernels. By default every one but the output head. That a kernel is a convolution's,
       and its window no part of the factorization, `sites` must tell.
     - `key`: for what is uniform; `jax.random.key(0)` if left out.
@@ -113,7 +116,9 @@ def lokr(
         else:
             w2 = uniform_factors(right, window * in2, rank, out2)
         w1, w2 = (_zeroed(w1, 1), w2) if init == "peft" else (w1, _zeroed(w2, 0))
-        return LoKr(w1=w1, w2=w2, scale=scale_of(alpha, rank), window=window)
+        factored = isinstance(w1, tuple) or isinstance(w2, tuple)
+        scale = scale_of(alpha, rank) if scale_arrays or factored else 1.0
+        return LoKr(w1=w1, w2=w2, scale=scale, window=window)
 
     how = {"rank": rank, "alpha": alpha, "window": windows(params, targets, sites)}
     return wrap(params, new, targets=targets, sites=sites, key=key, **how)

@@ -35,14 +35,29 @@ class OFT(Reparam):
 
     def rotations(self) -> jax.Array:
         """$R$ of every row of the generators: `(rows, block, block)`."""
+        generators = self.generators if self.epsilon is None else _within(self.generators, self.epsilon)
         rows, columns = jnp.triu_indices(self.block, 1)
-        q = jnp.zeros((len(self.generators), self.block, self.block), self.generators.dtype)
-        q = q.at[:, rows, columns].set(self.generators)
+        q = jnp.zeros((len(generators), self.block, self.block), generators.dtype)
+        q = q.at[:, rows, columns].set(generators)
         q = q - q.mT
-        if self.epsilon is not None:
-            bound = self.epsilon / len(q) ** 0.5
-            q = q * (bound / jnp.sqrt(jnp.maximum(jnp.sum(q**2, axis=(1, 2), keepdims=True), bound**2)))
         return cayley(q) if self.cayley == "exact" else neumann(q, self.terms)
+
+
+def _within(generators: jax.Array, epsilon: float) -> jax.Array:
+    """Generators `(..., blocks, pairs)`, scaled down where the norm of their Q is above `epsilon / sqrt(blocks)`."""
+    bound = epsilon**2 / generators.shape[-2]
+    square = 2 * jnp.sum(generators**2, axis=-1, keepdims=True)  # each stands in Q twice
+    return generators * jnp.sqrt(bound / jnp.maximum(square, bound))
+
+
+def bounded(params: Params, *, epsilon: float) -> Params:
+    """COFT as a projection between steps: the tree with every $Q_i$ of `OFT` at most `epsilon / sqrt(blocks)` in norm.
+
+    It takes whole trees and trainable ones, and works under `jax.jit`. With `oft(epsilon=...)`, in contrast, generators
+    stay as the optimizer left them, and what is computed of them is bounded.
+    """
+    within = lambda x: x.replace(generators=_within(x.generators, epsilon)) if isinstance(x, OFT) else x
+    return jax.tree.map(within, params, is_leaf=lambda x: isinstance(x, OFT))
 
 
 def cayley(q: jax.Array) -> jax.Array:

@@ -35,8 +35,8 @@ class PiSSA(Branch):
         return self.scale * (drop(x, self.dropout, key) @ self.a @ self.b - x @ self.start_a @ self.start_b)
 
 
-def principal(key: jax.Array, w: jax.Array, rank: int, iterations: int | None) -> tuple[jax.Array, jax.Array]:
-    r"""$U_r \sqrt{\Sigma_r}$ and $\sqrt{\Sigma_r} V_r^T$ of $W = U \Sigma V^T$; by subspace `iterations`, or exactly.
+def singular(key: jax.Array, w: jax.Array, rank: int, iterations: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""$U_r$, $\Sigma_r$ as a vector, and $V_r^T$ of $W = U \Sigma V^T$; by subspace `iterations`, or exactly.
 
     Halko et al., [Finding structure with randomness](https://arxiv.org/abs/0909.4061), algorithm 4.4, 10 oversampled.
     """
@@ -49,8 +49,20 @@ def principal(key: jax.Array, w: jax.Array, rank: int, iterations: int | None) -
             q = orthonormal(w @ orthonormal(w.T @ q))
         u, s, v = jnp.linalg.svd(q.T @ w, full_matrices=False)
         u = q @ u
-    root = jnp.sqrt(s[:rank])
-    return u[:, :rank] * root[None], root[:, None] * v[:rank]
+    return u[:, :rank], s[:rank], v[:rank]
+
+
+def principal(key: jax.Array, w: jax.Array, rank: int, iterations: int | None) -> tuple[jax.Array, jax.Array]:
+    r"""$U_r \sqrt{\Sigma_r}$ and $\sqrt{\Sigma_r} V_r^T$: `singular`, with the values in both factors alike."""
+    u, s, v = singular(key, w, rank, iterations)
+    root = jnp.sqrt(s)
+    return u * root[None], root[:, None] * v
+
+
+def check_part(w: jax.Array, rank: int) -> None:
+    """**Raises** `ValueError` for a rank that is above the matrix's."""
+    if rank > min(w.shape):
+        raise ValueError(f"A kernel of {w.shape[0]} inputs and {w.shape[1]} outputs has no part of rank {rank}.")
 
 
 def orthonormal_rows(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -117,8 +129,7 @@ def _from_part(params: Params, start: Callable, rslora: bool, targets, sites, ke
 
     def new(key, w, *, rank, alpha, dropout):
         check(rank, dropout)
-        if rank > min(w.shape):
-            raise ValueError(f"A kernel of {w.shape[0]} inputs and {w.shape[1]} outputs has no part of rank {rank}.")
+        check_part(w, rank)
         scale = scale_of(alpha, rank, rslora)
         a, b = start(key, w.astype(jnp.float32), rank, scale)
         return PiSSA(a=a, b=b, start_a=a, start_b=b, scale=scale, dropout=dropout)

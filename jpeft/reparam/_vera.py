@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from .._kernel import folded
-from .._node import Frozen, Static, Trainable, whole
+from .._node import Frozen, Static, Trainable
 from .._shared import share
-from .._targets import Option, Sites, Targets, kernels, named_leaves
+from .._targets import Option, Sites, Targets
 from .._tree import Params, default, transform, wrap
 from ._factors import check, uniform
 from ._low_rank import LowRank
+from ._sizes import sizes
 
 
 class VeRA(LowRank):
@@ -60,9 +60,7 @@ def vera(
     **Raises** `ValueError` for a rank below one, a dropout outside `[0, 1)`, and for targets as `wrap` does.
     """
     check(rank)
-    axes, leaves = kernels(params, targets, sites), named_leaves(params)
-    shapes = [folded(whole(leaves[name]).shape, letters) for name, letters in axes.items()]
-    max_in, max_out = (max(shape[n] for shape in shapes) for n in (-2, -1))
+    max_in, max_out = map(max, zip(*sizes(params, targets, sites).values(), strict=True))
     left, right = jax.random.split(default(key))
     a, b = uniform(left, (max_in, rank), max_in), uniform(right, (rank, max_out), rank)
     params, refs = share(params, vera_a=6**0.5 * a, vera_b=6**0.5 * b)

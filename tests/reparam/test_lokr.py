@@ -68,6 +68,14 @@ def test_shapes():
     assert shapes(rank=4, alpha=2).scale == 0.5
 
 
+def test_scale_of_arrays():
+    """LyCORIS takes 1 where neither matrix is factored; PEFT, and so the default, alpha / rank."""
+    scale = lambda **how: jpeft.lokr({"w": normal(0, 64, 36)}, targets="w", alpha=2, **how)["w"].scale
+    assert scale(rank=4) == 0.5 and scale(rank=4, scale_arrays=False) == 1.0
+    assert scale(rank=3, scale_arrays=False) == 2 / 3  # W2 is factored
+    assert scale(rank=3, decompose_both=True, scale_arrays=False) == 2 / 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"), [({"rank": 0}, "rank of at least 1"), ({"init": "x"}, "'peft' starts")]
 )

@@ -1,11 +1,13 @@
 """Blocks of rotations: orthogonal or nearly, in which sense, and as one dense matrix."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft_layers import check_gradients, check_outputs, of_case
 
 import jpeft
 
@@ -77,6 +79,35 @@ def test_bound():
     close(of(generators, epsilon=0.2), of(scaled))
     gradient = jax.grad(lambda g: jnp.sum(of(g, epsilon=0.2) ** 3))(generators)
     assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_projection_between_steps(stack):
+    """It is what the bound does in the forward pass, and once done it changes nothing. Others than OFT's it leaves."""
+    generators = jax.random.normal(jax.random.key(1), (*stack, 3, 6))
+    generators = generators.at[..., 1, :].multiply(0.01).at[..., 2, :].set(0)
+    tree = {"a": jpeft.OFT(generators=generators, block=4), "b": jnp.ones(3)}
+    once = jax.jit(lambda tree: jpeft.bounded(tree, epsilon=0.2))(tree)
+    norms = jnp.sqrt(2 * jnp.sum(once["a"].generators ** 2, axis=-1))
+    np.testing.assert_allclose(norms[..., 0], 0.2 / 3**0.5, rtol=1e-5)
+    np.testing.assert_array_equal(once["a"].generators[..., 1:, :], generators[..., 1:, :])
+    np.testing.assert_array_equal(once["b"], tree["b"])
+    close(jpeft.bounded(once, epsilon=0.2)["a"].generators, once["a"].generators, 1e-6)
+    if not stack:
+        bounded = tree["a"].replace(epsilon=0.2)
+        close(once["a"].rotations(), bounded.rotations(), 1e-6)
+
+
+def test_projection_is_that_of_peft():
+    """PEFT projects in every forward pass, past what gradients see: outputs and gradients are those after it."""
+    arrays = of_case("additive/peft.npz", "coft")
+    params = {"kernel": jnp.asarray(arrays["weight"].T), "bias": jnp.asarray(arrays["bias"])}
+    params = jpeft.oft(params, block=4)
+    params["kernel"] = params["kernel"].replace(generators=jnp.asarray(arrays["p/oft_R.weight"]))
+    params = jpeft.bounded(params, epsilon=0.2)
+    model = nn.Dense(len(arrays["weight"]))
+    check_outputs(model, params, arrays["x"], arrays["y"])
+    check_gradients(model, params, "kernel", arrays["x"], {"generators": arrays["g/oft_R.weight"]})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The last layers, numbered or rows of stacked parameters: the same training, and less of it."""
+"""Some layers, numbered or rows of stacked parameters: the same training, and less of it."""
 
 import chex
 import flax.linen as nn
@@ -62,6 +62,28 @@ def test_scanned_is_unrolled(params, k):
             still = COUNT - k if layers else len(x)
             np.testing.assert_array_equal(y[:still], x[:still], err_msg=name)
             assert all(np.any(a != b) for a, b in zip(y[still:], x[still:], strict=True)), name
+
+
+@pytest.mark.parametrize("layers", [[0], [-1, 0], [1], [2, 0, -2]])
+def test_any_layers(params, layers):
+    """Of scanned layers, and of a part of each, it is the same training as of numbered ones, and of no other."""
+    pick = jpeft.unfreeze(targets=jpeft.patterns.MLP, layers=layers)
+    numbered = stack_layers(trained(Decoder(CONFIG), pick(params)))
+    stacked = trained(Decoder(CONFIG, scan=True), pick(stack_layers(params)))
+    chex.assert_trees_all_close(stacked, numbered, rtol=1e-4, atol=1e-5)
+    trains = {n % COUNT for n in layers}
+    for name, x in named_leaves(stack_layers(params)).items():
+        y = named_leaves(stacked)[name]
+        for n in range(len(x)):
+            assert np.any(x[n] != y[n]) == ("/mlp/" in name and n in trains), (name, n)
+
+
+def test_the_base_has_the_other_layers_alone(params):
+    """So that no layer is held twice."""
+    tuned = jpeft.unfreeze(stack_layers(params), targets=".*", layers=[1])
+    node = tuned["layers"]["mlp"]["up"]["kernel"]
+    assert (node.layers, node.rows.shape, node.base.shape) == ((1,), (1, 16, 24), (2, 16, 24))
+    chex.assert_trees_all_equal(jpeft.merge(tuned), stack_layers(params))
 
 
 def test_what_does_not_train_costs_nothing(params):

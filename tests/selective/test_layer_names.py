@@ -59,8 +59,8 @@ def test_names_of_layers(tree, trains):
 
 def test_names_of_ones_own():
     tree = {"stage1": DENSE, "stage2": DENSE, "layers_0": DENSE}
-    assert set(of_last(tree, k=1, layers=r"(?P<stack>stage)(?P<layer>\d+)/.*")) == {"stage2/kernel", "stage2/bias"}
-    assert of_last({"deep": STACKED}, k=2, layers=r"(?P<stack>deep)/.*") == {
+    assert set(of_last(tree, k=1, pattern=r"(?P<stack>stage)(?P<layer>\d+)/.*")) == {"stage2/kernel", "stage2/bias"}
+    assert of_last({"deep": STACKED}, k=2, pattern=r"(?P<stack>deep)/.*") == {
         "deep/kernel": (2, 4, 4),
         "deep/bias": (2, 4),
     }
@@ -72,12 +72,12 @@ NUMBERED = {f"layers_{n}": DENSE for n in range(3)}
 @pytest.mark.parametrize(
     ("tree", "options", "message"),
     [
-        (NUMBERED, {"k": 0}, r"`k` is 0, but the stacks of layers have \{'layers_': 3\}"),
-        (NUMBERED, {"k": 4}, r"`k` is 4, but the stacks of layers have \{'layers_': 3\}"),
-        ({"layers": STACKED}, {"k": 4}, r"`k` is 4, but the stacks of layers have \{'layers': 3\}"),
+        (NUMBERED, {"k": 0}, r"No target is in the layers \[\]: the stacks have \{'layers_': 3\}"),
+        (NUMBERED, {"k": 4}, r"has the layers \[-4\]: the stacks have \{'layers_': 3\}"),
+        ({"layers": STACKED}, {"k": 4}, r"has the layers \[-4\]: the stacks have \{'layers': 3\}"),
         ({"dense": DENSE}, {"k": 1}, "matches no layer.*There are 2: dense/bias, dense/kernel"),
-        (NUMBERED, {"k": 1, "layers": r"(?P<stack>block)_\d/.*"}, "matches no layer"),
-        (NUMBERED, {"k": 1, "layers": r"layers_\d/.*"}, r"needs a group `\(\?P<stack>"),
+        (NUMBERED, {"k": 1, "pattern": r"(?P<stack>block)_\d/.*"}, "matches no layer"),
+        (NUMBERED, {"k": 1, "pattern": r"layers_\d/.*"}, r"needs a group `\(\?P<stack>"),
         (
             {"layers": STACKED | {"scale": jnp.ones(4)}},
             {"k": 1},
@@ -94,6 +94,20 @@ NUMBERED = {f"layers_{n}": DENSE for n in range(3)}
 def test_refuses(tree, options, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         jpeft.last_layers(tree, **options)
+
+
+def test_layers_of_some_stacks():
+    """Those that hold no target need not have them."""
+    tree = {"encoder": {f"layers_{n}": DENSE for n in range(4)}, "decoder": {f"layers_{n}": DENSE for n in range(2)}}
+    trainable, _ = jpeft.partition(jpeft.unfreeze(tree, targets="encoder/.*/kernel", layers=[3, 0, -1]))
+    found = {name for name, node in named_leaves(trainable).items() if jax.tree.leaves(node)}
+    assert found == {"encoder/layers_0/kernel", "encoder/layers_3/kernel"}
+    with pytest.raises(ValueError, match=r"has the layers \[3, -3\]: the stacks have \{'decoder/layers_': 2, 'e"):
+        jpeft.unfreeze(tree, targets=".*/kernel", layers=[3, 1, -3])
+    with pytest.raises(ValueError, match=r"No target is in the layers \[1\]"):
+        jpeft.unfreeze(tree, targets="encoder/layers_0/.*", layers=[1])
+    with pytest.raises(ValueError, match=r"'norm/scale' matches no parameter"):
+        jpeft.unfreeze(tree | {"norm": {"scale": V}}, targets="norm/scale", layers=[1])
 
 
 def test_nodes_in_other_layers_stay():

@@ -7,30 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tuning import train, trained_paths, waves
 
 import jpeft
 from jpeft._targets import named_leaves
 from jpeft.testing import subject
-
-
-def trained_paths(params):
-    trainable, _ = jpeft.partition(params)
-    return {name for name, x in named_leaves(trainable).items() if jax.tree.leaves(x)}
-
-
-def waves(y):
-    return jnp.mean((y - jnp.cos(jnp.arange(y.size)).reshape(y.shape)) ** 2)
-
-
-def train(loss, tree, steps=3):
-    """`tree` after steps of AdamW with weight decay."""
-    tx = optax.adamw(1e-2, weight_decay=0.1)
-    state, slope = tx.init(tree), jax.jit(jax.grad(loss))
-    for _ in range(steps):
-        with jax.numpy_dtype_promotion("standard"):  # Optax counts steps in integers
-            updates, state = tx.update(slope(tree), state, tree)
-        tree = optax.apply_updates(tree, updates)
-    return tree
 
 
 def fine_tuned(model, params):
@@ -88,17 +69,6 @@ T5 = {
 }
 
 
-def test_bitfit_wants_biases():
-    """A table of relative positions is none, whatever it is called."""
-    with pytest.raises(ValueError, match=r"no parameter named `bias`.*`jpeft.norms`.*`jpeft.unfreeze`"):
-        jpeft.bitfit(T5)
-    with pytest.raises(ValueError, match="no parameter named `bias`"):
-        jpeft.bitfit(subject("decoder").params)
-    assert trained_paths(jpeft.bitfit(T5 | {"out": {"kernel": W, "bias": V}, "bias": V})) == {"out/bias", "bias"}
-    with pytest.raises(ValueError, match=r"'queri/bias' matches no parameter"):
-        jpeft.bitfit(T5 | {"out": {"bias": V}}, targets="queri/bias")
-
-
 def test_norms():
     params = T5 | {"out": {"kernel": W, "bias": V}, "last_norm": {"scale": V, "bias": V}}
     assert trained_paths(jpeft.norms(params)) == {"norm/scale", "last_norm/scale", "last_norm/bias"}
@@ -107,6 +77,30 @@ def test_norms():
         jpeft.norms({"out": {"kernel": W, "bias": V}})
     with pytest.raises(ValueError, match=r"'out/\.\*' matches no parameter"):
         jpeft.norms(params, targets="out/.*")
+
+
+@pytest.mark.parametrize("targets", [[], lambda path, x: False])
+def test_nothing_is_refused(targets):
+    with pytest.raises(ValueError, match=r"no parameter|There are 2"):
+        jpeft.unfreeze({"dense": {"kernel": W, "bias": V}}, targets=targets)
+
+
+def test_optax_masked_is_no_freezing():
+    """It hands the gradients of the others on as updates; `optax.partition` with `jpeft.labels` sets them to zero."""
+    params = jpeft.unfreeze({"kernel": W, "bias": V}, targets="bias")
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def stepped(tx):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return jpeft.merge(optax.apply_updates(params, updates))
+
+    trains = jax.tree.map(lambda label: label == "trainable", jpeft.labels(params))
+    leaky = stepped(optax.masked(optax.sgd(0.5), trains))
+    np.testing.assert_array_equal(leaky["kernel"], W + 1)
+    sound = stepped(optax.partition({"trainable": optax.sgd(0.5), "frozen": optax.set_to_zero()}, jpeft.labels))
+    np.testing.assert_array_equal(sound["kernel"], W)
+    for after in (leaky, sound):
+        np.testing.assert_array_equal(after["bias"], V - 0.5)
 
 
 @pytest.mark.parametrize("method", [jpeft.lora(rank=2), jpeft.int8(), jpeft.unfreeze(targets=".*kernel")])

@@ -4,7 +4,7 @@ import numpy as np
 
 from ...additive._beft import BEFT
 from ...reparam._dora import DoRA
-from ...reparam._lora import LoRA
+from ...reparam._lora import LoRA, LoRAFA
 from ...reparam._pissa import PiSSA
 from .._modules import Module
 from ._format import Config, Format, Shapes, Tensors, inward, outward, plain, positive, whole
@@ -125,7 +125,7 @@ def check(config: Config) -> list[str]:
 
 LORA = Format(
     peft_type="LORA",
-    nodes=(LoRA, DoRA, PiSSA),
+    nodes=(LoRA, LoRAFA, DoRA, PiSSA),
     bias="lora_only",
     shapes=shapes,
     read=read,

@@ -1,0 +1,23 @@
+"""LISA: which layers train next, by chance."""
+
+import jax
+
+
+def lisa(period: int | jax.Array, count: int, *, active: int = 2, key: jax.Array) -> jax.Array:
+    """The layers that LISA trains in a period: `active` of `count`, `(active,)` int32, ascending, each equally often.
+
+    For `jpeft.optim.switch`; embedding, head and the last norm train all along. The authors' periods have 20 steps.
+
+    **Arguments:**
+
+    - `period`: its number, such as `step // 20`; it may be traced.
+    - `count`: how many layers there are.
+    - `key`: every period has its own draw from it.
+
+    **Raises** `ValueError` where there are not so many layers.
+
+    Pan et al., [LISA: Layerwise Importance Sampling](https://arxiv.org/abs/2403.17919), NeurIPS 2024.
+    """
+    if not 1 <= active <= count:
+        raise ValueError(f"Of {count} layers there cannot be {active} that train.")
+    return jax.random.choice(jax.random.fold_in(key, period), count, (active,), replace=False).sort()

@@ -1,0 +1,17 @@
+"""Patterns of parameters by their kind, as models usually name them: targets of `unfreeze`."""
+
+from ._targets import HEADS
+
+
+def _within(names: str) -> str:
+    """What is in a module of such a name, but in no norm that is called after one."""
+    return rf"(?i:(.*/)?(?!\w*norm)\w*({names})\w*/.*)"
+
+
+NORM = r"(?i:(.*/)?(\w*norm\w*|ln(_\w+)?|\w+_ln)/(scale|bias))"
+BIAS = r"(.*/)?bias"  # and so no table of relative positions, though it may be called `relative_attention_bias`
+ATTENTION = _within("attention|attn")
+CROSS_ATTENTION = _within("(cross|encdec|encoder)_?(attention|attn)")
+MLP = _within(r"mlp|ffn|feed_?forward|densereludense|intermediate|experts|fc_?\d")
+EMBEDDING = r"(?i:(?!.*rel(ative)?_)(.*/)?(\w*embedding|pos_embed\w*|position|class_token|cls))"
+HEAD = rf"(.*/)?({'|'.join(HEADS)})/.*"
