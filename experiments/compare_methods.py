@@ -45,7 +45,7 @@ CANDIDATES, TEMPERATURE = 64, 0.05  # of the loss outside the task; the temperat
 
 
 class Contender(NamedTuple):
-    """A method in the comparison: its transform, called with `sites`, its learning rate, and its optimizer."""
+    """A method in the comparison: `make(params, task)`, its learning rate, and its optimizer."""
 
     make: Callable
     rate: float
@@ -53,17 +53,31 @@ class Contender(NamedTuple):
 
 
 def kernels(transform, **options):
-    return lambda params, sites: transform(params, sites=sites, **options)
+    return lambda params, task: transform(params, sites=task.sites, **options)
+
+
+def whole_encoder(params, task):
+    return jpeft.unfreeze(params, targets="encoder/.*")
+
+
+def fish(params, task, batches=8):
+    """A two-hundredth of the encoder, by the Fisher information of some batches."""
+    seen = (task.train.train_batch(n, 32, 0) for n in range(batches))
+    mask = jpeft.fish_mask(task.loss, params, seen, density=0.005, targets="encoder/.*")
+    return jpeft.sparse(params, mask=mask, sites=task.sites)
 
 
 CONTENDERS = {
-    "full": Contender(lambda params, sites: jpeft.unfreeze(params, targets="encoder/.*"), 5e-5),
-    "last_layers": Contender(lambda params, sites: jpeft.last_layers(params, k=2), 2e-4),
-    "bitfit": Contender(lambda params, sites: jpeft.bitfit(params, targets="encoder/.*bias"), 4e-3),
+    "full": Contender(whole_encoder, 5e-5),
+    "galore": Contender(whole_encoder, 1e-3, functools.partial(jpeft.optim.galore, rank=64)),
+    "last_layers": Contender(lambda params, task: jpeft.last_layers(params, k=2), 2e-4),
+    "bitfit": Contender(lambda params, task: jpeft.bitfit(params, targets="encoder/.*bias"), 4e-3),
+    "fish": Contender(fish, 1e-3),
+    "shira": Contender(kernels(jpeft.shira, rank=8), 3e-3),
     "lora": Contender(kernels(jpeft.lora, rank=8, alpha=16), 1e-3),
     "dora": Contender(kernels(jpeft.dora, rank=8, alpha=16), 1e-3),
     "pissa": Contender(kernels(jpeft.pissa, rank=8, alpha=16), 3e-4),
-    "qlora": Contender(lambda params, sites: jpeft.lora(jpeft.nf4(params, sites=sites), rank=8, alpha=16), 1e-3),
+    "qlora": Contender(lambda params, task: jpeft.lora(jpeft.nf4(params, sites=task.sites), rank=8, alpha=16), 1e-3),
     "vera": Contender(kernels(jpeft.vera), 1e-2),
     "lokr": Contender(kernels(jpeft.lokr, alpha=16), 1e-3),
     "oft": Contender(kernels(jpeft.oft), 1e-3),
@@ -96,8 +110,7 @@ def make_forgetting(task, texts=512, seed=0):
 
 def run(contender, task, params, arguments, forgetting, directory):
     """The row of results of one method: everything but its name."""
-    tuned = contender.make(params, task.sites)
-    tuned = jpeft.unfreeze(tuned, targets="head/.*")
+    tuned = jpeft.unfreeze(contender.make(params, task), targets="head/.*")
     trainable, frozen = jpeft.partition(tuned)
     trainable = jax.tree.map(jnp.copy, trainable)  # a step uses up its arguments, and others start from these, too
     schedule = learning_rate(arguments)

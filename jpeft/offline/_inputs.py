@@ -49,7 +49,7 @@ class Inputs:
         times = (lambda m: m) if signs is None else (lambda m: m @ signs)
         y = self.product
         if centered:
-            mean = self.total / self.count[..., None]
+            mean = self.total / jnp.maximum(self.count, 1)[..., None]  # an expert may have seen no rows
             y = y - self.total[..., None] * times(mean)[..., None, :]
         values, vectors = jnp.linalg.eigh(times(y.mT))
         kept = values > values[..., -1:] * (y.shape[-1] * jnp.finfo(y.dtype).eps)
@@ -61,7 +61,7 @@ class Inputs:
         """The sum of all eigenvalues of $X^T X$."""
         if not centered:
             return self.energy
-        return self.energy - jnp.sum(jnp.square(self.total), -1) / self.count
+        return self.energy - jnp.sum(jnp.square(self.total), -1) / jnp.maximum(self.count, 1)
 
 
 def capture_inputs(
@@ -88,8 +88,9 @@ def capture_inputs(
     - `batches`: pytrees whose first axis is examples, of any number and size.
     - `mask`: from a batch, which positions count, such as `lambda batch: batch["mask"]`: boolean or numbers, in the
       shape of the inputs but for their last axis. By default all of them.
-    - `sketch`: keep $X^T X \Omega$ `(in, sketch)` with random signs $\Omega$ instead of $X^T X$ `(in, in)`. Directions
-      of rank r come out well from three times as many, and exactly where $X$ has no higher rank.
+    - `sketch`: keep $X^T X \Omega$ `(in, sketch)` with random signs $\Omega$ instead of $X^T X$ `(in, in)`. What is
+      then found is exact where $X$ has no higher rank, and else better the faster its singular values fall off. Take
+      some times as many as there are directions to be found.
     - `targets`, `sites`: which kernels. By default every one but the output head.
     - `running`: `progress`, `resume` and `save_every`. See the page on offline passes.
 

@@ -95,7 +95,7 @@ class _Kept:
             "pass": what,
             "options": {name: repr(x) for name, x in options.items()},
             "carry": {name: [list(np.shape(x)), str(x.dtype)] for name, x in _named(carry)},
-            "nodes": [type(x).__name__ for x in jax.tree.leaves(params, is_leaf=is_node) if is_node(x)],
+            "nodes": {name: str(jax.tree.structure(x)) for name, x in _named(params, is_node) if is_node(x)},
             "parameters": {name: record(x) for name, x in _named(params)},
         }
 
@@ -110,7 +110,11 @@ class _Kept:
         if (was := content.get("setup")) != self.setup:
             raise ValueError(self.fault("; ".join(_differences(was or {}, self.setup))))
         self.last = content["last"]
-        place = lambda path, x: jax.device_put(arrays[jax.tree_util.keystr(path)], x.sharding)
+
+        def place(path, x):
+            array = arrays[jax.tree_util.keystr(path)]
+            return jax.device_put(array, x.sharding) if x.committed else array
+
         return content["done"], jax.tree_util.tree_map_with_path(place, like)
 
     def save(self, carry: Any, done: int, batch: Batch) -> None:
@@ -123,8 +127,8 @@ class _Kept:
             raise ValueError(self.fault("has seen other batches, or in another order"))
 
 
-def _named(tree: Any) -> Iterator[tuple[str, Any]]:
-    return ((jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
+def _named(tree: Any, is_leaf: Callable | None = None) -> Iterator[tuple[str, Any]]:
+    return ((jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf))
 
 
 def _records(batch: Batch) -> dict[str, Json]:
