@@ -15,14 +15,15 @@ class Int4(Codes):
     Let $[l, h]$ be the range of a group's weights and zero.
 
     - Symmetric: $z = 8$, that is signed codes -8..7, and $s = \max(h / 7, -l / 8)$. `4 + 32 / group` bits a weight.
-    - Asymmetric: $s = (h - l) / 15$ and $z = \mathrm{round}(-l / s)$. `4 + 40 / group` bits a weight.
+    - Asymmetric: $s = (h - l) / 15$ and $z = \mathrm{round}(-l / s)$. `4 + 40 / group` bits a weight; `4 + 64 / group`
+      once `merge_into_zeros` has changed $z$, which is no integer then.
 
     Both hold zero exactly and clip nothing: the error is at most $s / 2$.
     """
 
     codes: Frozen[jax.Array, "in out"]  # uint8, two rows a byte
     scale: Frozen[jax.Array, "group out"]  # float32
-    zero: Frozen[jax.Array | None, "group out"] = None  # uint8; none if symmetric
+    zero: Frozen[jax.Array | None, "group out"] = None  # uint8, or float32; none if symmetric
 
     def decode(self):
         codes = unpack(self.codes, len(self.scale)).astype(jnp.float32)
