@@ -33,7 +33,8 @@ class SAID(Dense):
     @property
     def change(self):
         key = jax.random.wrap_key_data(self.seed, impl="threefry2x32")
-        change = PROJECTIONS[self.projection](key, self.v, math.prod(self.shape)).reshape(self.shape)
+        with jax.threefry_partitionable(True):  # a saved seed must mean the same wherever it is restored
+            change = PROJECTIONS[self.projection](key, self.v, math.prod(self.shape)).reshape(self.shape)
         return change if self.factor is None else self.factor * change
 
 

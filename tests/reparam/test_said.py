@@ -116,3 +116,19 @@ def test_no_projection_is_kept():
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         jpeft.said(PARAMS, **options)
+
+
+DRAWN = {
+    "fastfood": [1.2316835, 6.868721, -2.4294624, -2.1002846, 12.956487, -2.6778922],
+    "dense": [-7.364849, -0.8200477, -8.007862, -0.7789344, -0.84813875, 5.295402],
+}
+
+
+@pytest.mark.parametrize("partitionable", [True, False])
+@pytest.mark.parametrize("projection", DRAWN)
+def test_seed_means_the_same_everywhere(projection, partitionable):
+    """Else a checkpoint, which keeps the seed alone, would be another model where JAX is set, or made, otherwise."""
+    seed = jnp.array([1, 2], jnp.uint32)
+    node = jpeft.SAID(v=jnp.arange(1.0, 6.0), factor=jnp.float32(2), seed=seed, shape=(3, 2), projection=projection)
+    with jax.threefry_partitionable(partitionable):
+        close(node.change.ravel(), np.array(DRAWN[projection]))
