@@ -158,7 +158,6 @@ from .selective._shira import shira as shira
 from .selective._sparse import Sparse as Sparse
 from .selective._sparse import sparse as sparse
 from .selective._sparsify import sparsify as sparsify
-from .selective._spiel import reselect as reselect
 from .selective._spiel import spiel as spiel
 from .selective._spottune import SpotTunePolicy as SpotTunePolicy
 from .selective._spottune import spottune as spottune

@@ -196,10 +196,14 @@ class Reparam(Matrix):
         """The value in float32 at least: small updates are lost in a sum of bfloat16s, so a merge casts last."""
         return unfold(self.of_base(lambda node, w: node.weight(w)), whole(self).shape, self.axes)
 
+    def within(self, dtype: Any) -> "Reparam":
+        """The node, without its base, as a computation in `dtype` has it."""
+        return cast(self.replace(base=None), dtype)
+
     def of_base(self, fn: Callable[[Self, jax.Array], jax.Array]) -> jax.Array:
         """`fn(node, w)` for every matrix of the base, in float32 at least, with the stacked axes first."""
         w = widened(self.base.exact() if isinstance(self.base, Reparam) else value(self.base))
-        return cast(self.replace(base=None), w.dtype).each(fn, fold(w, self.axes))
+        return self.within(w.dtype).each(fn, fold(w, self.axes))
 
 
 class Branch(Reparam):

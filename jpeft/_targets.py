@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +79,11 @@ def name_of(path: Sequence) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def sibling(name: str, other: str) -> str:
+    """The name that the parameter `other` has, or would have, in the module of the parameter `name`."""
+    return f"{name.rpartition('/')[0]}/{other}".lstrip("/")
+
+
 def named_leaves(params: Any) -> dict[str, Any]:
     """Every parameter by name: an array, a box or a node. What stands beside parameters is not one."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_param)
@@ -140,6 +145,12 @@ def options(given: Mapping[str, Option], names: Sequence[str]) -> dict[str, dict
     return found
 
 
+def one_of(option: str, given: Any, known: Iterable) -> None:
+    """**Raises** `ValueError` for an option that is none of what is known."""
+    if given not in (known := list(known)):
+        raise ValueError(f"`{option}` is {given!r}: one of {', '.join(map(str, known))}.")
+
+
 def kernels(params: Any, targets: Targets | None, sites: Sites | None) -> dict[str, str]:
     """The letters of the axes of every kernel that is targeted, by name. See `Targets` in the docs.
 
@@ -174,7 +185,7 @@ def parameters(params: Any, targets: Targets | None, sites: Sites | None) -> dic
     """
     leaves = named_leaves(params)
     floating = {n: x for n, x in leaves.items() if jnp.issubdtype(whole(x).dtype, jnp.floating)}
-    in_head = lambda name: re.fullmatch(HEAD, f"{name.rpartition('/')[0]}/kernel".lstrip("/"))
+    in_head = lambda name: re.fullmatch(HEAD, sibling(name, "kernel"))
     found = select(targets or (lambda name, _: not in_head(name)), floating)
 
     def letters(name, given):

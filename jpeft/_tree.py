@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -16,6 +16,7 @@ from ._targets import Call, Option, Sites, Targets, kernels, name_of, named_leav
 
 
 Params = Any  # a pytree of arrays and nodes; nested dicts, for Flax
+N = TypeVar("N", bound=Node)
 _MISSING: Any = object()
 
 
@@ -153,6 +154,34 @@ def _new_of_parts(key: jax.Array, leaf: Lazy, *, axes: str, **how: Any) -> Node 
         return _new(k, w, axes=axes[leaf.depth :], **how)
 
     return jax.tree.unflatten(jax.tree.structure(whole), jax.tree.leaves(leaf.map(one)))
+
+
+def nodes_of(tree: Params, kind: type[N], made_by: str | None = None) -> dict[str, N]:
+    """The nodes of a class, by name, those that other nodes stand on too: they come before what stands on them.
+
+    **Raises** `ValueError` if there are none and `made_by` names the transform that makes them.
+    """
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, kind)):
+        if isinstance(x, kind):
+            name, beneath = name_of(path), nodes_of(x.parts(Role.TRAINABLE, Role.FROZEN), kind)
+            found |= {f"{name}/{n}": y for n, y in beneath.items()} | {name: x}
+    if made_by and not found:
+        raise ValueError(f"There is no {kind.__name__} node in this tree: `jpeft.{made_by}(params)` makes them.")
+    return found
+
+
+def map_nodes(fn: Callable[[N], Any], tree: Params, kind: type[N], made_by: str | None = None) -> Params:
+    """The tree with `fn(node)` in place of every node of a class, in the order of `nodes_of`, and raising as that."""
+    if made_by:
+        nodes_of(tree, kind, made_by)
+
+    def one(x):
+        if not isinstance(x, kind):
+            return x
+        return fn(x.replace(**map_nodes(fn, x.parts(Role.TRAINABLE, Role.FROZEN), kind)))
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, kind))
 
 
 def shared_arrays(params: Params) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._layout import UNKNOWN, Layout
-from ._node import Leaf, Matrix, Reparam, cast, take, value
+from ._node import Leaf, Matrix, Reparam, take, value
 from ._shared import unshare
 
 
@@ -46,7 +46,7 @@ class View:
     @property
     def adapter(self) -> Reparam:
         """The node without its base, in the dtype of the computation."""
-        return cast(self.node.replace(base=None), self.dtype)
+        return self.node.within(self.dtype)
 
     def branch(self, x: Any, key: jax.Array | None) -> Any:
         """What the node adds to a product with the operand `x`."""

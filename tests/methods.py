@@ -221,7 +221,9 @@ METHODS = [
     Method("krona", lambda p, s, key: jpeft.krona(p, scale=2.0, sites=s, key=key), _lokr(16)),
     Method(
         "krona_residual",
-        lambda p, s, key: jpeft.krona(p, factor=2, residual=True, targets=".*/(query|out)/kernel", sites=s, key=key),
+        lambda p, s, key: jpeft.krona(
+            p, decompose_factor=2, residual=True, targets=".*/(query|out)/kernel", sites=s, key=key
+        ),
         lambda params, sites: LAYERS * 2 * (2 * 2 + 8 * 8 + 1),
     ),
     Method(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from .._node import Additive, Static, Trainable
 from .._operands import dropout as drop
-from .._targets import FEED_FORWARD, Option, Sites, Targets
+from .._targets import FEED_FORWARD, Option, Sites, Targets, one_of
 from .._tree import Params, attach, transform
 
 
@@ -90,10 +90,8 @@ def bottleneck(
     **Raises** `ValueError` for an unknown placement or activation, a width below one, a dropout outside `[0, 1)`, and
     for targets as `attach` does.
     """
-    if placement not in PLACEMENTS:
-        raise ValueError(f"`placement` is {placement!r}: one of {', '.join(PLACEMENTS)}.")
-    if init not in ("zero", "houlsby"):
-        raise ValueError(f"`init` is {init!r}: 'zero' or 'houlsby'.")
+    one_of("placement", placement, PLACEMENTS)
+    one_of("init", init, ("zero", "houlsby"))
     modules, phi, factor, parallel = PLACEMENTS[placement]
     phi = activation or phi
     if not callable(getattr(jax.nn, phi, None)):

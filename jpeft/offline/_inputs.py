@@ -8,10 +8,9 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from .._node import is_node
 from .._shared import Shared
 from .._targets import Sites, Targets, kernels, named_leaves
-from .._tree import Params, wrap
+from .._tree import Params, map_nodes, wrap
 from ._probe import Probe, new_probe, omega
 from ._run import Batch, Running, run
 from ._values import filled
@@ -111,8 +110,8 @@ def capture_inputs(
         counted = None if mask is None else Shared(mask(batch))
 
         def returned(moments):
-            there = lambda x: x.replace(moment=moments[x.path], mask=counted) if isinstance(x, Probe) else x
-            out = jax.tree.leaves(forward(jax.tree.map(there, tree, is_leaf=is_node), batch))
+            there = lambda x: x.replace(moment=moments[x.path], mask=counted)
+            out = jax.tree.leaves(forward(map_nodes(there, tree, Probe), batch))
             return sum(jnp.sum(x.astype(jnp.float32)) for x in out if jnp.issubdtype(x.dtype, jnp.inexact))
 
         return jax.tree.map(lambda x, y: x + y.real, total, jax.grad(returned)(moments))

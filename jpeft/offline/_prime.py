@@ -52,5 +52,7 @@ def prime(
         return jax.tree.map(jnp.add, changes, updates), state
 
     start = zeros(params, targets)
-    changes, _ = run(step, (start, optimizer.init(start)), params, batches, what="prime", options={}, **running)
+    state = optimizer.init(jax.tree.map(widened, values_of(params, start)))
+    state = jax.tree.map(jnp.copy, state)  # some keep the parameters, and a carry's arrays are given away
+    changes, _ = run(step, (start, state), params, batches, what="prime", options={}, **running)
     return filled(params, changes)

@@ -51,7 +51,9 @@ class Probe(Branch):
         """What each row counts, `(..., 1)`."""
         if self.mask is None:
             return jnp.ones((*shape, 1))
-        if routed or self.mask.size != math.prod(shape):
+        sizes = lambda shape: [n for n in shape if n != 1]
+        same = math.prod(shape) == self.mask.size and (len(shape) == 1 or self.mask.ndim == 1)
+        if routed or not (same or sizes(shape) == sizes(self.mask.shape)):
             why = "are sorted by expert" if routed else f"are {shape}"
             raise ValueError(
                 f"The mask is {self.mask.shape}, but the rows that enter {self.path!r} {why}: leave it out of "

@@ -12,5 +12,6 @@ from ._lora_plus import lora_plus as lora_plus
 from ._masked_updates import masked_updates as masked_updates
 from ._relora import relora_restart as relora_restart
 from ._relora import relora_schedule as relora_schedule
+from ._reselect import reselect as reselect
 from ._switch import block_labels as block_labels
 from ._switch import switch as switch

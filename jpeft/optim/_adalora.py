@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree import Params
-from ..reparam._adalora import AdaLoRA, nodes
+from .._tree import Params, map_nodes, nodes_of
+from ..reparam._adalora import AdaLoRA
 
 
 class AllocatorState(NamedTuple):
@@ -30,8 +30,8 @@ def rank_allocator(
     *,
     total_steps: int,
     target_rank: float = 8,
-    warmup: int = 0,
-    final: int = 0,
+    warmup_steps: int = 0,
+    final_steps: int = 0,
     every: int = 1,
     beta1: float = 0.85,
     beta2: float = 0.85,
@@ -44,11 +44,11 @@ def rank_allocator(
     \bar U \leftarrow \beta_2 \bar U + (1 - \beta_2) |I - \bar I|, \quad S(p) = \bar I\,\bar U$$
 
     and triplet $k$ scores $S(e_k)$ plus the means of $S$ over column $k$ of $A$ and over row $k$ of $B$. The budget is
-    $b_0$, all triplets, in the first `warmup` steps, then
-    $b_T + \lfloor(b_0 - b_T)(1 - (t - t_{warmup}) / (T - t_{warmup} - t_{final}))^3\rfloor$ and in the last `final`
-    steps $b_T$, `target_rank` times the number of matrices. Every `every` steps those $e_k$ become zero that are not
-    among the $b(t)$ best, whichever matrix they are of; of equals the first in the tree are kept. A zeroed $e_k$ has a
-    gradient and grows again until the budget is at its end: then the nodes' masks are set, for good.
+    $b_0$, all triplets, in the first `warmup_steps`, then
+    $b_T + \lfloor(b_0 - b_T)(1 - (t - t_{warmup}) / (T - t_{warmup} - t_{final}))^3\rfloor$ and in the last
+    `final_steps` $b_T$, `target_rank` times the number of matrices. Every `every` steps those $e_k$ become zero that
+    are not among the $b(t)$ best, whichever matrix they are of; of equals the first in the tree are kept. A zeroed
+    $e_k$ has a gradient and grows again until the budget is at its end: then the nodes' masks are set, for good.
 
     The result is a pair. `init(params)` makes the state, and `update(params, grads, state)` returns the parameters and
     the state: after the optimizer's step, with the gradients that it was given. Both can be compiled, and no array
@@ -58,7 +58,7 @@ def rank_allocator(
 
     - `total_steps`: $T$, how often `update` will be called.
     - `target_rank`: the mean rank in the end.
-    - `warmup`, `final`: how many steps there are before the budget shrinks, and after it has.
+    - `warmup_steps`, `final_steps`: how many there are before the budget shrinks, and after it has.
     - `every`: how many steps lie between two allocations.
     - `beta1`, `beta2`: the averages' decay.
 
@@ -67,29 +67,30 @@ def rank_allocator(
 
     Zhang et al., [AdaLoRA: Adaptive Budget Allocation](https://arxiv.org/abs/2303.10512), ICLR 2023.
     """
-    if not 0 <= warmup < total_steps - final <= total_steps or every < 1:
-        raise ValueError(f"No step is left to shrink the budget in: {total_steps=}, {warmup=}, {final=}, {every=}.")
+    if not 0 <= warmup_steps < total_steps - final_steps <= total_steps or every < 1:
+        given = f"{total_steps=}, {warmup_steps=}, {final_steps=}, {every=}"
+        raise ValueError(f"No step is left to shrink the budget in: {given}.")
     if not (0 < beta1 < 1 and 0 < beta2 < 1):
         raise ValueError(f"A decay is in (0, 1), not {beta1=} and {beta2=}.")
-    last = total_steps - final
-
+    last = total_steps - final_steps
     def budgets(found):
         """By step, up to the last in which it changes; in float64, for rounding down to be exact."""
         start = sum(node.e.size for node in found)
         end = int(target_rank * sum(node.e.size // node.e.shape[-1] for node in found))
         if not 0 <= end <= start:
             raise ValueError(f"There are {start} triplets, from which a `target_rank` of {target_rank} makes {end}.")
-        left = 1 - (np.arange(last + 1) - warmup).clip(0) / (last - warmup)
+        left = 1 - (np.arange(last + 1) - warmup_steps).clip(0) / (last - warmup_steps)
         return ((start - end) * left**3 + end).astype(np.int32)
 
     def init(params):
-        budgets(nodes(params))  # refused before a step is made
-        zeros = lambda: [jax.tree.map(jnp.zeros_like, _parts(node)) for node in nodes(params)]
+        found = _nodes(params)
+        budgets(found)  # refused before a step is made
+        zeros = lambda: [jax.tree.map(jnp.zeros_like, _parts(node)) for node in found]
         return AllocatorState(jnp.int32(0), zeros(), zeros())
 
     def update(params, grads, state):
-        found, step = nodes(params), state.count + 1
-        parts, slopes = [_parts(node) for node in found], [_parts(node) for node in nodes(grads)]
+        found, step = _nodes(params), state.count + 1
+        parts, slopes = ([_parts(node) for node in nodes] for nodes in (found, _nodes(grads)))
         present = jax.tree.map(lambda p, g: jnp.abs(p * g), parts, slopes)
         average = lambda beta: lambda old, new: jnp.where(step < last, beta * old + (1 - beta) * new, old)
         sensitivity = jax.tree.map(average(beta1), state.sensitivity, present)
@@ -98,7 +99,7 @@ def rank_allocator(
 
         scores = [_scores(*parts) for parts in zip(sensitivity, uncertainty, strict=True)]
         budget = jnp.asarray(budgets(found))[jnp.minimum(step, last)]
-        due = (step > warmup) & (step < last) & (step % every == 0)
+        due = (step > warmup_steps) & (step < last) & (step % every == 0)
         best = iter(_best(scores, budget))
 
         def allocated(node):
@@ -106,16 +107,13 @@ def rank_allocator(
             mask = jnp.where(step == last, keep, node.mask)
             return node.replace(mask=mask, e=jnp.where((due & ~keep) | ~mask, 0, node.e))
 
-        params = jax.tree.map(lambda x: allocated(x) if _is_adalora(x) else x, params, is_leaf=_is_adalora)
-        return params, AllocatorState(step, sensitivity, uncertainty)
+        return map_nodes(allocated, params, AdaLoRA), AllocatorState(step, sensitivity, uncertainty)
 
     return Allocator(init, update)
 
 
-def _is_adalora(x: Any) -> bool:
-    return isinstance(x, AdaLoRA)
-
-
+def _nodes(tree: Params) -> list[AdaLoRA]:
+    return list(nodes_of(tree, AdaLoRA, "adalora").values())
 def _parts(node: AdaLoRA) -> tuple[jax.Array, ...]:
     return node.a, node.e, node.b
 

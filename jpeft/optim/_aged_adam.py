@@ -28,7 +28,7 @@ def scale_by_aged_adam(
 
     $$u_i = \frac{m_i / (1 - \beta_1^{t_i})}{\sqrt{v_i / (1 - \beta_2^{t_i})} + \epsilon}.$$
 
-    Where nothing is replaced it is `optax.scale_by_adam`. What replaces an entry, such as `jpeft.reselect`, sets its
+    Where nothing is replaced it is `optax.scale_by_adam`. What replaces an entry, such as `reselect`, sets its
     moments and its age to zero, and its next step is a first step: $t_i = 1$.
 
     **Arguments:**

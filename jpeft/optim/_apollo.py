@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import optax
 
-from .._targets import Sites, Targets
+from .._targets import Sites, Targets, one_of
 from .._tree import default
 from ._projection import gains, projected, random
 
@@ -28,7 +28,7 @@ def apollo(
     $S_{:,j} = \sqrt\alpha\,\frac{\lVert u(R)_{:,j} \rVert}{\lVert R_{:,j} \rVert}\,G_{:,j}$ and $R = P^T G$.
 
     $P$ is random, $N(0, 1/r)$, and drawn anew every so many steps: there is no decomposition, and as a key tells $P$,
-    nothing of it is kept. The norm of $S$ grows by no more than a factor from one step to the next.
+    nothing of it is kept. The norm of $S$ grows by no more than a factor from one step to the next, unless it was 0.
 
     APOLLO-Mini is `apollo(learning_rate, rank=1, per="tensor", scale=128)`: moments of one row for each kernel.
 
@@ -45,8 +45,7 @@ def apollo(
     **Raises** as `galore` does, and `ValueError` for another `per`.
     """
     axes = {"channel": -2, "tensor": (-2, -1)}
-    if per not in axes:
-        raise ValueError(f"A ratio is per 'channel' or per 'tensor', not {per!r}.")
+    one_of("per", per, axes)
     expand = lambda g, p, r, u: (0.0, scale**0.5 * g * gains(u, r, axes[per]))
     how = {"rank": rank, "inner": inner, "weight_decay": weight_decay, "targets": targets, "sites": sites}
     return projected(learning_rate, random(every, rank, default(key)), expand, limit=limit, **how)

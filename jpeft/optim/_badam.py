@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from .._targets import one_of
 from .._tree import default
 
 
@@ -37,6 +38,5 @@ def badam(
         "ascending": lambda: place,
         "descending": lambda: count - 1 - place,
     }
-    if order not in orders:
-        raise ValueError(f"`order` is {order!r}: one of {', '.join(orders)}.")
+    one_of("order", order, orders)
     return jnp.reshape(orders[order](), 1)

@@ -23,7 +23,8 @@ def fira(
     $S_{:,j} = \frac{\lVert u(R)_{:,j} \rVert}{\lVert R_{:,j} \rVert}\,(G - P R)_{:,j}$.
 
     So the part of the gradient that GaLore drops is there too, as much longer, channel by channel, as `inner` has made
-    the part that is projected. The norm of $S$ grows by no more than a factor from one step to the next.
+    the part that is projected. The norm of $S$ grows by no more than a factor from one step to the next, unless it
+    was 0.
 
     Chen et al., [Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
     Constraint?](https://arxiv.org/abs/2410.01623), 2024.

@@ -2,8 +2,10 @@
 
 import jax
 
+from .._tree import default
 
-def lisa(period: int | jax.Array, count: int, *, active: int = 2, key: jax.Array) -> jax.Array:
+
+def lisa(period: int | jax.Array, count: int, *, active: int = 2, key: jax.Array | None = None) -> jax.Array:
     """The layers that LISA trains in a period: `active` of `count`, `(active,)` int32, ascending, each equally often.
 
     For `jpeft.optim.switch`; embedding, head and the last norm train all along. The authors' periods have 20 steps.
@@ -12,7 +14,7 @@ def lisa(period: int | jax.Array, count: int, *, active: int = 2, key: jax.Array
 
     - `period`: its number, such as `step // 20`; it may be traced.
     - `count`: how many layers there are.
-    - `key`: every period has its own draw from it.
+    - `key`: every period has its own draw from it; `jax.random.key(0)` if left out.
 
     **Raises** `ValueError` where there are not so many layers.
 
@@ -20,4 +22,4 @@ def lisa(period: int | jax.Array, count: int, *, active: int = 2, key: jax.Array
     """
     if not 1 <= active <= count:
         raise ValueError(f"Of {count} layers there cannot be {active} that train.")
-    return jax.random.choice(jax.random.fold_in(key, period), count, (active,), replace=False).sort()
+    return jax.random.choice(jax.random.fold_in(default(key), period), count, (active,), replace=False).sort()

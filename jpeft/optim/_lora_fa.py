@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._node import widened
-from .._tree import combine
+from .._tree import combine, nodes_of
 from ..reparam._lora import LoRA
 from ._inner import lenient
 
@@ -34,10 +34,7 @@ def lora_fa(inner: optax.GradientTransformation) -> optax.GradientTransformation
 
     def update(updates, state, params=None, *, frozen=None, **extra):
         nodes = params if frozen is None else combine(params, frozen)
-        found = [x for x in jax.tree.leaves(nodes, is_leaf=_is_lora) if _is_lora(x)]
-        if not found:
-            raise ValueError("These parameters have no LoRA node, of which to precondition B: use the inner optimizer.")
-        if any(x.a is None for x in found):
+        if any(x.a is None for x in nodes_of(nodes, LoRA, "lora").values()):
             raise ValueError("A is frozen: hand it over, `tx.update(grads, opt_state, trainable, frozen=frozen)`.")
         updates, state = inner.update(_at_b(_preconditioned, nodes, updates), state, params, **extra)
         return _at_b(lambda node, x: x, nodes, updates), state

@@ -77,7 +77,8 @@ def projected(
         for n, g in gradients.items():
             part, limited = expand(g, projections[n], low[n], changed[n])
             if limit is not None:
-                limited, norms[n] = _limited(limited, limit * (state.norms[n] + TINY))
+                last = jnp.where(state.norms[n] > 0, state.norms[n], jnp.inf)  # zero, as of an idle expert, can grow
+                limited, norms[n] = _limited(limited, limit * (last + TINY))
             found[n] = unfold(_oriented(part + limited, arrays[n], plan[n]), arrays[n].shape, plan[n])
         kept = projections if projection.kept else {}
         return _put(outer, found), ProjectedState(optax.safe_increment(state.count), inner_state, kept, norms)

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._kernel import stacked
 from .._node import Leaf, rebox, value
-from .._targets import name_of
-from .._tree import Params
+from .._tree import Params, map_nodes, nodes_of
 from ..reparam._factors import uniform
 from ..reparam._lora import LoRA
 
 
 def relora_restart(
-    params: Params, opt_state: optax.OptState, key: jax.Array, *, prune: float = 1.0
+    params: Params, opt_state: optax.OptState, *, key: jax.Array, prune: float = 1.0
 ) -> tuple[Params, optax.OptState]:
     r"""Take every LoRA's term into its base, and start the term anew: $W \leftarrow W + s A B$, $A \sim U$, $B = 0$.
 
@@ -26,8 +26,8 @@ def relora_restart(
 
     - `params`, `opt_state`: the tree, and the state of an optimizer for what trains in it.
     - `key`: for $A \sim U(\pm 1/\sqrt{in})$.
-    - `prune`: which part of each moment of $A$ and $B$ becomes zero, the smallest entries first. 1 is a reset; the
-      authors also have 0.9 to 0.99. Counts of steps, and moments of all else that trains, stay.
+    - `prune`: which part of each moment of $A$ and $B$ becomes zero, in every matrix of a stack the smallest entries
+      first. 1 is a reset; the authors also have 0.9 to 0.99. Counts of steps, and the moments of all else, stay.
 
     **Raises** `ValueError` for a tree without LoRA, for a LoRA over another node, such as a quantized kernel: the sum
     would have to be rounded to codes; and for a `prune` outside `[0, 1]`.
@@ -36,10 +36,8 @@ def relora_restart(
     """
     if not 0 <= prune <= 1:
         raise ValueError(f"`prune` is {prune}: a part of the entries, from 0 to 1.")
-    found = [(name_of(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_lora) if _is_lora(x)]
-    if not found:
-        raise ValueError("There is no LoRA in this tree: `jpeft.lora(params)` makes it.")
-    if stuck := [f"  {name}: {type(x.base).__name__}" for name, x in found if isinstance(x.base, Leaf)]:
+    found = nodes_of(params, LoRA, "lora")
+    if stuck := [f"  {name}: {type(x.base).__name__}" for name, x in found.items() if isinstance(x.base, Leaf)]:
         raise ValueError(
             "These bases cannot take in a term of low rank:\n" + "\n".join(stuck) + "\n"
             "Have LoRA directly on kernels that are arrays of floating-point numbers."
@@ -50,13 +48,8 @@ def relora_restart(
         a = uniform(next(keys), node.a.shape, node.a.shape[-2]).astype(node.a.dtype)
         return node.replace(base=rebox(node.base, value(node)), a=a, b=jnp.zeros_like(node.b))
 
-    forgotten = lambda node: jax.tree.map(lambda x: _pruned(x, prune), node)
-    of_each = lambda fn, tree: jax.tree.map(lambda x: fn(x) if _is_lora(x) else x, tree, is_leaf=_is_lora)
-    return of_each(restarted, params), of_each(forgotten, opt_state)
-
-
-def _is_lora(x) -> bool:
-    return isinstance(x, LoRA)
+    forgotten = lambda node: jax.tree.map(stacked(lambda x: _pruned(x, prune), node.depth), node)
+    return map_nodes(restarted, params, LoRA), map_nodes(forgotten, opt_state, LoRA)
 
 
 def _pruned(x: jax.Array, part: float) -> jax.Array:

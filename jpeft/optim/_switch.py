@@ -10,7 +10,7 @@ from jax.tree_util import GetAttrKey
 from .._node import is_node
 from .._shared import SHARED, refs
 from .._targets import name_of
-from .._tree import Params, partition
+from .._tree import Params, nodes_of, partition
 from ..selective._blocks import Block, blocks
 
 
@@ -49,8 +49,7 @@ def block_labels(trainable: Params) -> Params:
 
     `tx = optax.partition({"block": optax.adamw(1e-5), "rest": optax.adamw(1e-5)}, jpeft.optim.block_labels)`.
     """
-    nodes = [x for x in jax.tree.leaves(trainable, is_leaf=is_node) if isinstance(x, Block)]
-    own = {f"{SHARED}/{name}" for name in refs(nodes)}
+    own = {f"{SHARED}/{name}" for name in refs(nodes_of(trainable, Block))}
 
     def label(path, x):
         mark = "block" if isinstance(x, Block) or name_of(path) in own else "rest"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from .._node import Frozen, Trainable
 from .._targets import Option, Sites, Targets
-from .._tree import Params, transform, wrap
+from .._tree import Params, nodes_of, transform, wrap
 from ._factors import check
 from ._low_rank import LowRank
 
@@ -46,19 +46,8 @@ def orthogonality(params: Params) -> jax.Array:
         one = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
         return jnp.linalg.norm(gram - one, axis=(-2, -1)).ravel()
 
-    found = nodes(params)
+    found = nodes_of(params, AdaLoRA, "adalora").values()
     return jnp.mean(jnp.concatenate([distances(rows) for x in found for rows in (jnp.swapaxes(x.a, -1, -2), x.b)]))
-
-
-def nodes(tree: Params) -> list[AdaLoRA]:
-    """The `AdaLoRA` nodes of a tree, those that other nodes stand on too.
-
-    **Raises** `ValueError` if there is none.
-    """
-    found = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, AdaLoRA)) if isinstance(x, AdaLoRA)]
-    if not found:
-        raise ValueError("There is no AdaLoRA node in this tree: `jpeft.adalora(params)` makes them.")
-    return found
 
 
 @transform

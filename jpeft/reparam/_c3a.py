@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._node import Branch, Trainable
 from .._shim import row_major
-from .._targets import Option, Sites, Targets
+from .._targets import Option, Sites, Targets, one_of
 from .._tree import Params, transform, wrap
 
 
@@ -59,8 +59,7 @@ def c3a(
     **Raises** `ValueError` for an unknown `init`, a block that does not divide both sides of a kernel, and for targets
     as `wrap` does.
     """
-    if init not in ("xavier", "zeros"):
-        raise ValueError(f"`init` is {init!r}: 'xavier' or 'zeros'.")
+    one_of("init", init, ("xavier", "zeros"))
 
     def new(key, w, *, block):
         size = math.gcd(*w.shape) if block is None else block

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from .._targets import Option, options
+from .._targets import Option
 from .._tree import Params, transform
 from ._factors import check, scale_of
 from ._from_data import of_inputs, wrap_with
 from ._pissa import PiSSA
+from ._singular import check_part
 
 
 @transform
@@ -45,8 +46,7 @@ def corda(
 
     def new(c, w, *, rank, alpha, dropout):
         check(rank, dropout)
-        if rank > min(w.shape):
-            raise ValueError(f"A kernel of {w.shape[0]} inputs and {w.shape[1]} outputs has no part of rank {rank}.")
+        check_part(w, rank)
         scale = scale_of(alpha, rank, rslora)
         mean = jnp.maximum(jnp.mean(jnp.diagonal(c)), jnp.finfo(c.dtype).tiny)  # an expert may have seen nothing
         c = c / mean + damping * jnp.eye(len(c))
@@ -54,9 +54,9 @@ def corda(
         part = slice(-rank, None) if preserve else slice(rank)
         root = jnp.sqrt(s[part] / scale)
         a, b = jnp.linalg.solve(c, u[:, part]) * root[None], root[:, None] * v[part]
-        return PiSSA(a=a, b=b, start_a=a, start_b=b, scale=scale, dropout=dropout)
+        return PiSSA.of(a, b, scale=scale, dropout=dropout)
 
     found = of_inputs(inputs, params)
     axes = {name: x.axes for name, x in found.items()}
     data = {name: x.covariance for name, x in found.items()}
-    return wrap_with(params, new, data, axes, options({"rank": rank, "alpha": alpha, "dropout": dropout}, list(found)))
+    return wrap_with(params, new, data, axes, rank=rank, alpha=alpha, dropout=dropout)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from .._node import Frozen, Trainable
+from .._node import Frozen, Trainable, widened
 from .._targets import Option, Sites, Targets
 from .._tree import Params, transform, wrap
 from ._factors import check, factors
@@ -38,7 +38,9 @@ class DeLoRA(LowRank):
 
 def unit(x: jax.Array, axis: int) -> jax.Array:
     """`x` over its norms along an axis, which are `SMALLEST` at least: its gradient at zero is finite."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), SMALLEST**2))
+    wide = widened(x)  # in float16 the square of `SMALLEST` is zero
+    squares = jnp.sum(wide * wide, axis=axis, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.maximum(squares, SMALLEST**2))).astype(x.dtype)
 
 
 @transform

@@ -1,5 +1,6 @@
 """EVA: LoRA whose first factor is what its inputs vary along, and whose ranks are where that explains most."""
 
+import re
 from collections.abc import Mapping
 
 import jax
@@ -13,6 +14,7 @@ from ._lora import LoRA
 
 
 TINY = jnp.finfo(jnp.float32).tiny  # the variance of an expert that has seen nothing
+ROUNDING = 1e-4  # a variance below so much of the sum of squares is no more than what rounding leaves of a difference
 
 
 @transform
@@ -55,19 +57,19 @@ def eva(
     if rho < 1:
         raise ValueError(f"`rho` is at least 1, not {rho}.")
     found = of_inputs(inputs, params)
-    chosen = options({"rank": rank, "alpha": alpha, "dropout": dropout}, list(found))
-    ranks = {name: how["rank"] for name, how in chosen.items()}
+    ranks = {name: how["rank"] for name, how in options({"rank": rank}, list(found)).items()}
     spectra = {}
     for name, x in found.items():
-        check(ranks[name], chosen[name]["dropout"])
+        check(ranks[name])
         most = x.product.shape[-1]
         if ranks[name] > most:
             raise ValueError(f"Of the inputs of {name!r} {most} directions were kept: no rank of {ranks[name]}.")
         spectra[name] = x.principal(min(round(rho * ranks[name]), most), centered=centered)
-    whole = {name: jnp.maximum(x.variance(centered=centered), TINY) for name, x in found.items()}
+    whole = {name: jnp.maximum(x.variance(centered=centered), ROUNDING * x.energy + TINY) for name, x in found.items()}
     given = redistributed({name: values / whole[name][..., None] for name, (values, _) in spectra.items()}, ranks)
 
     def new(spectrum, w, *, own, rank, alpha, dropout):
+        check(rank, dropout)
         values, a = (x[..., :own] for x in spectrum)
         if whiten:
             a = a / jnp.where(values > 0, values, jnp.ones_like(values))[None] ** 0.25
@@ -75,7 +77,8 @@ def eva(
 
     data = {name: x for name, x in spectra.items() if given[name]}
     axes = {name: x.axes for name, x in found.items()}
-    return wrap_with(params, new, data, axes, {name: how | {"own": given[name]} for name, how in chosen.items()})
+    own = {re.escape(name): n for name, n in given.items()}
+    return wrap_with(params, new, data, axes, own=own, rank=rank, alpha=alpha, dropout=dropout)
 
 
 def redistributed(shares: Mapping[str, jax.Array], ranks: Mapping[str, int]) -> dict[str, int]:

@@ -1,16 +1,18 @@
 """FourierFT: a few entries of a kernel's Fourier transform."""
 
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from .._kernel import folded
-from .._node import Branch, Frozen, Static, Trainable, whole
+from .._node import Branch, Frozen, Static, Trainable
 from .._shared import share
 from .._shim import row_major
-from .._targets import Sites, Targets, kernels, named_leaves
+from .._targets import Sites, Targets, one_of
 from .._tree import Params, default, transform, wrap
+from ..selective._sparse import random_indices
+from ._sizes import sizes
 
 
 class FourierFT(Branch):
@@ -66,16 +68,14 @@ def fourierft(
     **Raises** `ValueError` for an unknown `init`, for less than one frequency or more than a kernel has entries, and
     for targets as `wrap` does.
     """
-    if init not in ("normal", "zeros"):
-        raise ValueError(f"`init` is {init!r}: 'normal' or 'zeros'.")
-    key, leaves = default(key), named_leaves(params)
-    sizes = {n: folded(whole(leaves[n]).shape, axes)[-2:] for n, axes in kernels(params, targets, sites).items()}
-    small = [f"  {name}: {shape}" for name, shape in sizes.items() if not 1 <= frequencies <= shape[0] * shape[1]]
+    one_of("init", init, ("normal", "zeros"))
+    key, found = default(key), sizes(params, targets, sites)
+    small = [f"  {name}: {shape}" for name, shape in found.items() if not 1 <= frequencies <= math.prod(shape)]
     if small:
         raise ValueError(f"These kernels do not have {frequencies} frequencies:\n" + "\n".join(small))
-    shapes = sorted(set(sizes.values()))
+    shapes = sorted(set(found.values()))
     places = {
-        f"fourierft_{d_in}x{d_out}": jax.random.permutation(k, d_in * d_out)[:frequencies]
+        f"fourierft_{d_in}x{d_out}": random_indices(k, (d_in, d_out), frequencies)
         for k, (d_in, d_out) in zip(jax.random.split(key, len(shapes)), shapes, strict=True)
     }
     params, refs = share(params, **places)

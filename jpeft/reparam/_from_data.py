@@ -8,7 +8,7 @@ import jax
 from .._kernel import STACK, fold, folded, stacked
 from .._node import value, whole
 from .._shared import resolve
-from .._targets import name_of, named_leaves
+from .._targets import Option, name_of, named_leaves, options
 from .._tree import Params, put, shared_arrays
 from ..offline._inputs import Inputs
 
@@ -32,17 +32,21 @@ def of_inputs(inputs: Params, params: Params) -> dict[str, Inputs]:
 
 
 def wrap_with(
-    params: Params, new: Callable, data: Mapping[str, Any], axes: Mapping[str, str], chosen: Mapping[str, dict]
+    params: Params, new: Callable, data: Mapping[str, Any], axes: Mapping[str, str], **given: Option
 ) -> Params:
-    """Put the node that `new(data, w, **options)` returns over every kernel that `data` names.
+    """Put the node that `new(data, w, **options)` returns over every kernel that `data` names. See `wrap`.
 
     `w` is one `(in, out)` matrix of the kernel, in its own dtype, and `data` what belongs to it: all arrays of
-    `data[name]` have the stacked axes of the kernel first. `axes` are the letters of the kernel's axes and `chosen` the
-    options, by its name.
+    `data[name]` have the stacked axes of the kernel first.
 
-    **Raises** whatever `new` does.
+    **Arguments:**
+
+    - `axes`: the letters of the axes of every kernel that options are for, by name.
+    - `given`: options of `new`, each one value or a mapping from patterns to values.
+
+    **Raises** `ValueError` for patterns that match nothing, and whatever `new` does.
     """
-    shared = shared_arrays(params)
+    shared, chosen = shared_arrays(params), options(given, list(axes))
 
     def one(name, leaf):
         w = fold(value(resolve(leaf, shared)), axes[name])

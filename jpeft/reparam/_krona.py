@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from .._node import Additive, Branch, Static, Trainable, cast
-from .._targets import Option, Sites, Targets
+from .._targets import FEED_FORWARD, Option, Sites, Targets, one_of
 from .._tree import Params, attach, transform, wrap
-from ..additive._bottleneck import PLACEMENTS
 from ._factors import uniform
 from ._lokr import factorization
 
@@ -58,7 +57,7 @@ def _through(node: KronA | ParallelKronA, x: jax.Array) -> jax.Array:
 def krona(
     params: Params,
     *,
-    factor: Option = -1,
+    decompose_factor: Option = -1,
     scale: Option = 1.0,
     residual: bool = False,
     placement: Literal["kernel", "parallel"] = "kernel",
@@ -70,8 +69,8 @@ def krona(
 
     **Arguments:**
 
-    - `factor`: the size of $A$ on both sides, where it is a divisor; -1 for divisors near the square root. A number, or
-      a mapping from patterns to numbers, as is `scale`.
+    - `decompose_factor`: the size of $A$ on both sides, where it is a divisor; -1 for divisors near the square root. A
+      number, or a mapping from patterns to numbers, as is `scale`.
     - `scale`: $s$.
     - `residual`: whether a trained multiple of the input is added, which starts at zero. It needs as many inputs as
       outputs.
@@ -83,23 +82,21 @@ def krona(
     **Raises** `ValueError` for a residual between sides of different size, an unknown placement, and for targets as
     `wrap` and `attach` do.
     """
-    if placement not in ("kernel", "parallel"):
-        raise ValueError(f"`placement` is {placement!r}: 'kernel' or 'parallel'.")
+    one_of("placement", placement, ("kernel", "parallel"))
 
-    def new(node, key, features_in, features_out, *, factor, scale):
+    def new(node, key, features_in, features_out, *, decompose_factor, scale):
         if residual and features_in != features_out:
             raise ValueError(
                 f"The residual adds the input to the output: {features_in} features cannot be added to {features_out}. "
                 "Leave these out of `targets`, or `residual` out."
             )
-        (in1, in2), (out1, out2) = factorization(features_in, factor), factorization(features_out, factor)
+        (in1, in2), (out1, out2) = (factorization(n, decompose_factor) for n in (features_in, features_out))
         a, b = uniform(key, (in1, out1), in1), jnp.zeros((in2, out2))
         return node(a=a, b=b, residual=jnp.zeros(()) if residual else None, scale=scale)
 
     kernel = lambda key, w, **own: new(KronA, key, *w.shape, **own)
     beside = lambda key, *sizes, **own: new(ParallelKronA, key, *sizes, **own)
-    how = {"sites": sites, "key": key, "factor": factor, "scale": scale}
+    how = {"sites": sites, "key": key, "decompose_factor": decompose_factor, "scale": scale}
     if placement == "kernel":
         return wrap(params, kernel, targets=targets, **how)
-    blocks, *_ = PLACEMENTS["parallel"]
-    return attach(params, beside, name="krona", targets=blocks if targets is None else targets, **how)
+    return attach(params, beside, name="krona", targets=FEED_FORWARD if targets is None else targets, **how)

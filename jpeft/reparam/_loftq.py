@@ -13,7 +13,7 @@ from .._targets import Option, Sites, Targets, kernels, options
 from .._tree import Params, put, transform
 from ._factors import check, scale_of
 from ._lora import LoRA
-from ._pissa import principal
+from ._singular import principal
 
 
 @transform

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from .._kernel import fold
 from .._node import whole
-from .._targets import Option, Sites, Targets, kernels, named_leaves, options
+from .._targets import Option, Sites, Targets, kernels, named_leaves
 from .._tree import Params, transform
 from ._factors import check, scale_of
 from ._from_data import wrap_with
@@ -62,7 +62,7 @@ def lora_ga(
         a, b = u[:, :rank], v[rank : 2 * rank]
         c = 1.0 if gamma is None else w.shape[1] ** 0.25 / gamma**0.5
         a, b = (a, c * s[rank : 2 * rank, None] * b) if weighted else (c * a, c * b)
-        return PiSSA(a=a, b=b, start_a=a, start_b=b, scale=scale_of(alpha, rank, rslora), dropout=dropout)
+        return PiSSA.of(a, b, scale=scale_of(alpha, rank, rslora), dropout=dropout)
 
     data = {name: fold(found[name], letters) for name, letters in axes.items()}
-    return wrap_with(params, new, data, axes, options({"rank": rank, "alpha": alpha, "dropout": dropout}, list(axes)))
+    return wrap_with(params, new, data, axes, rank=rank, alpha=alpha, dropout=dropout)

@@ -8,7 +8,7 @@ from .._targets import Option, Sites, Targets
 from .._tree import Params, transform, wrap
 from ._factors import check, scale_of
 from ._low_rank import LowRank
-from ._pissa import check_part, singular
+from ._singular import check_part, singular
 
 
 class LoRAXS(LowRank):

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 
 from .._node import Trainable
-from .._targets import Option, Sites, Targets
+from .._targets import Option, Sites, Targets, one_of
 from .._tree import Params, transform, wrap
 from ._factors import check, factors, scale_of, uniform
 from ._low_rank import LowRank
@@ -55,8 +55,7 @@ def moslora(
 
     **Raises** `ValueError` for a mixer that there is not, and as `lora` does.
     """
-    if mixer not in MIXERS:
-        raise ValueError(f"`mixer` is one of {', '.join(MIXERS)}, not {mixer!r}.")
+    one_of("mixer", mixer, MIXERS)
 
     def new(key, w, *, rank, alpha, dropout, init):
         check(rank, dropout)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from .._node import Reparam, Static, Trainable
 from .._targets import Option, Sites, Targets
-from .._tree import Params, transform, wrap
+from .._tree import Params, map_nodes, transform, wrap
 
 
 class OFT(Reparam):
@@ -56,8 +56,7 @@ def bounded(params: Params, *, epsilon: float) -> Params:
     It takes whole trees and trainable ones, and works under `jax.jit`. With `oft(epsilon=...)`, in contrast, generators
     stay as the optimizer left them, and what is computed of them is bounded.
     """
-    within = lambda x: x.replace(generators=_within(x.generators, epsilon)) if isinstance(x, OFT) else x
-    return jax.tree.map(within, params, is_leaf=lambda x: isinstance(x, OFT))
+    return map_nodes(lambda x: x.replace(generators=_within(x.generators, epsilon)), params, OFT)
 
 
 def cayley(q: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from .._operands import dropout as drop
 from .._targets import Option, Sites, Targets
 from .._tree import Params, transform, wrap
 from ._factors import check, scale_of
+from ._singular import check_part, principal
 
 
 class PiSSA(Branch):
@@ -28,41 +29,16 @@ class PiSSA(Branch):
     scale: Static[float]
     dropout: Static[float] = 0.0
 
+    @classmethod
+    def of(cls, a: jax.Array, b: jax.Array, **how: float) -> "PiSSA":
+        """The node that starts at `a` and `b`."""
+        return cls(a=a, b=b, start_a=a, start_b=b, **how)
+
     def weight(self, w):
         return w + self.scale * (self.a @ self.b - self.start_a @ self.start_b)
 
     def branch(self, x, key):
         return self.scale * (drop(x, self.dropout, key) @ self.a @ self.b - x @ self.start_a @ self.start_b)
-
-
-def singular(key: jax.Array, w: jax.Array, rank: int, iterations: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    r"""$U_r$, $\Sigma_r$ as a vector, and $V_r^T$ of $W = U \Sigma V^T$; by subspace `iterations`, or exactly.
-
-    Halko et al., [Finding structure with randomness](https://arxiv.org/abs/0909.4061), algorithm 4.4, 10 oversampled.
-    """
-    if iterations is None:
-        u, s, v = jnp.linalg.svd(w, full_matrices=False)
-    else:
-        orthonormal = lambda m: jnp.linalg.qr(m)[0]
-        q = orthonormal(w @ jax.random.normal(key, (w.shape[1], min(rank + 10, *w.shape))))
-        for _ in range(iterations):
-            q = orthonormal(w @ orthonormal(w.T @ q))
-        u, s, v = jnp.linalg.svd(q.T @ w, full_matrices=False)
-        u = q @ u
-    return u[:, :rank], s[:rank], v[:rank]
-
-
-def principal(key: jax.Array, w: jax.Array, rank: int, iterations: int | None) -> tuple[jax.Array, jax.Array]:
-    r"""$U_r \sqrt{\Sigma_r}$ and $\sqrt{\Sigma_r} V_r^T$: `singular`, with the values in both factors alike."""
-    u, s, v = singular(key, w, rank, iterations)
-    root = jnp.sqrt(s)
-    return u * root[None], root[:, None] * v
-
-
-def check_part(w: jax.Array, rank: int) -> None:
-    """**Raises** `ValueError` for a rank that is above the matrix's."""
-    if rank > min(w.shape):
-        raise ValueError(f"A kernel of {w.shape[0]} inputs and {w.shape[1]} outputs has no part of rank {rank}.")
 
 
 def orthonormal_rows(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -132,6 +108,6 @@ def _from_part(params: Params, start: Callable, rslora: bool, targets, sites, ke
         check_part(w, rank)
         scale = scale_of(alpha, rank, rslora)
         a, b = start(key, w.astype(jnp.float32), rank, scale)
-        return PiSSA(a=a, b=b, start_a=a, start_b=b, scale=scale, dropout=dropout)
+        return PiSSA.of(a, b, scale=scale, dropout=dropout)
 
     return wrap(params, new, targets=targets, sites=sites, key=key, **given)

@@ -5,10 +5,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from .._node import Branch, Static, Trainable, is_param
+from .._node import Branch, Static, Trainable
 from .._operands import dropout as drop
-from .._targets import Option, Sites, Targets, name_of
-from .._tree import Params, transform, wrap
+from .._targets import Option, Sites, Targets, one_of
+from .._tree import Params, map_nodes, nodes_of, transform, wrap
 from ..quantized._int4 import Int4
 from ._factors import check, factors, scale_of
 
@@ -69,8 +69,7 @@ def qalora(
     **Raises** `ValueError` for a rank or a group below one, a dropout outside `[0, 1)`, an unknown pooling, and for
     targets as `wrap` does.
     """
-    if pooling not in ("sum", "peft"):
-        raise ValueError(f"`pooling` is {pooling!r}: 'sum' or 'peft'.")
+    one_of("pooling", pooling, ("sum", "peft"))
 
     def new(key, w, *, rank, alpha, group, dropout):
         check(rank, dropout)
@@ -93,12 +92,11 @@ def merge_into_zeros(params: Params) -> Params:
     **Raises** `ValueError`, with every path, for a `QALoRA` on another base, or of other groups than its base's; and
     where there is none.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_param)
-    nodes = {name_of(path): x for path, x in leaves if isinstance(x, QALoRA)}
+    nodes = nodes_of(params, QALoRA, "qalora")
     faults = [f"  {name}: {fault}" for name, x in nodes.items() if (fault := _fault(x))]
-    if faults or not nodes:
+    if faults:
         raise ValueError("\n".join(["There must be QA-LoRA on int4 kernels, of the same groups:", *faults]))
-    return treedef.unflatten([_into_zeros(x) if isinstance(x, QALoRA) else x for _, x in leaves])
+    return map_nodes(_into_zeros, params, QALoRA)
 
 
 def _fault(node: QALoRA) -> str | None:

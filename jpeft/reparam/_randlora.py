@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from .._node import Frozen, Static, Trainable
+from .._operands import Operand
 from .._shared import share
 from .._targets import Option, Sites, Targets
 from .._tree import Params, default, transform, wrap
@@ -37,6 +38,10 @@ class RandLoRA(LowRank):
     @property
     def right(self):
         return self.of_wide if self.features_in <= self.features_out else self.of_narrow
+
+    def branch(self, x, key):
+        branch = super().branch
+        return branch(x, key) if isinstance(x, Operand) else jax.checkpoint(branch)(x, key)  # or L and R would be kept
 
     @property
     def of_narrow(self) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .._node import Affine, Trainable, widened
-from .._targets import Option, Sites, Targets
+from .._targets import Option, Sites, Targets, one_of
 from .._tree import Params, attach, transform
 
 
@@ -68,8 +68,7 @@ def road(
     **Raises** `ValueError` for an unknown variant, a group that is odd or does not divide the outputs, and for targets
     as `attach` does.
     """
-    if variant not in SIDES:
-        raise ValueError(f"`variant` is {variant!r}: one of {', '.join(map(str, SIDES))}.")
+    one_of("variant", variant, SIDES)
 
     def new(key, features_in, features_out, *, group):
         if group < 2 or group % 2 or features_out % group:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._kernel import folded
 from .._node import Frozen, Static, Trainable, whole
 from .._shared import share
-from .._targets import Sites, Targets, named_leaves, parameters
+from .._targets import Sites, Targets, named_leaves, one_of, parameters
 from .._tree import Params, transform, wrap
 from ..selective._delta import Dense
 from ..selective._unfreeze import Free
@@ -65,8 +65,7 @@ def said(
     **Raises** `ValueError` for an unknown projection, a dimension that leaves nothing for $v$, and for targets as
     `delta` does.
     """
-    if projection not in PROJECTIONS:
-        raise ValueError(f"`projection` is {projection!r}: one of {', '.join(PROJECTIONS)}.")
+    one_of("projection", projection, PROJECTIONS)
     leaves = named_leaves(params)
     shapes = [folded(whole(leaves[n]).shape, axes) for n, axes in parameters(params, targets, sites).items()]
     factors = sum(math.prod(shape[:-2]) for shape in shapes) if structure_aware else 0

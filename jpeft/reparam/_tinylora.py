@@ -10,7 +10,7 @@ from .._tree import Params, transform, wrap
 from ..selective._unfreeze import Free
 from ._factors import check
 from ._low_rank import LowRank
-from ._pissa import check_part, principal
+from ._singular import check_part, principal
 
 
 class TinyLoRA(LowRank):

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from .._node import Frozen, Static, Trainable, is_node
+from .._node import Frozen, Static, Trainable
 from .._shared import share
 from .._targets import Option, Sites, Targets
-from .._tree import Params, default, transform, wrap
+from .._tree import Params, default, map_nodes, transform, wrap
 from ..selective._unfreeze import Free
 from ._factors import check
 from ._low_rank import LowRank
@@ -35,6 +35,18 @@ class VBLoRA(LowRank):
     @property
     def right(self):
         return mixed(self.bank, *shares(self.logits_b, self.top))
+
+    def within(self, dtype):
+        return self.at_rest().within(dtype)  # the choice first: of logits in bfloat16 many are equal
+
+    def at_rest(self) -> "VBLoRAChoices":
+        """The node with places of vectors and shares instead of logits."""
+        kept = {"bank": self.bank, "scale": self.scale, "dropout": self.dropout, "base": self.base, "axes": self.axes}
+        for side, logits in (("a", self.logits_a), ("b", self.logits_b)):
+            part, places = shares(logits, self.top)
+            smallest = jnp.uint8 if logits.shape[-1] <= 2**8 else jnp.uint32
+            kept |= {f"shares_{side}": part[..., :-1], f"choices_{side}": places.astype(smallest)}
+        return VBLoRAChoices(**kept)
 
 
 class VBLoRAChoices(LowRank):
@@ -126,17 +138,4 @@ def vblora_choices(params: Params) -> Params:
 
     **Raises** `ValueError` if there is no `VBLoRA` node in the tree.
     """
-    if not any(isinstance(x, VBLoRA) for x in jax.tree.leaves(params, is_leaf=is_node)):
-        raise ValueError("There is no VBLoRA node in this tree: `jpeft.vblora(params)` makes them.")
-
-    def chosen(node):
-        if not isinstance(node, VBLoRA):
-            return node
-        kept = {"bank": node.bank, "scale": node.scale, "dropout": node.dropout, "base": node.base, "axes": node.axes}
-        for side, logits in (("a", node.logits_a), ("b", node.logits_b)):
-            part, places = shares(logits, node.top)
-            smallest = jnp.uint8 if logits.shape[-1] <= 2**8 else jnp.uint32
-            kept |= {f"shares_{side}": part[..., :-1], f"choices_{side}": places.astype(smallest)}
-        return VBLoRAChoices(**kept)
-
-    return jax.tree.map(chosen, params, is_leaf=is_node)
+    return map_nodes(VBLoRA.at_rest, params, VBLoRA, "vblora")

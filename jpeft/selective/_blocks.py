@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._kernel import IN, OUT, STACK
-from .._node import Frozen, Reparam, Trainable, is_param, rebox, value, whole, widened
+from .._node import Frozen, Reparam, Trainable, rebox, value, whole, widened
 from .._shared import SHARED, refs, resolve, share
 from .._targets import named_leaves
-from .._tree import Params, put, shared_arrays, transform
-from ._layers import Place, places
+from .._tree import Params, map_nodes, nodes_of, put, shared_arrays, transform
+from ._layers import Place, held, places
 from ._unfreeze import Free
 
 
@@ -76,7 +76,7 @@ def blocks(
 
     def one(name, x):
         if name not in stacked:
-            return Block(base=x, rows=widened(value(x)), axes=_letters(x, None))
+            return Block(base=x, rows=jnp.array(widened(value(x))), axes=_letters(x, None))
         slot = jnp.full(at[name].count, -1, jnp.int32)
         slot = slot.at[layers].set(jnp.arange(layers.size, dtype=jnp.int32), mode="clip")  # the NaNs are to be seen
         return Block(base=x, rows=shared[name.replace("/", ".")], slot=slot, axes=_letters(x, axis))
@@ -86,11 +86,10 @@ def blocks(
 
 def settled(params: Params) -> Params:
     """The tree with what every `Block` has become in its place, as an array that does not train."""
-    nodes = [x for x in jax.tree.leaves(params, is_leaf=is_param) if isinstance(x, Block)]
-    shared, own = shared_arrays(params), refs(nodes)
-    plain = lambda x: rebox(x, value(resolve(x, shared))) if isinstance(x, Block) else x
+    shared, own = shared_arrays(params), refs(nodes_of(params, Block))
+    plain = lambda x: rebox(x, value(resolve(x, shared)))
     kept = {name: x for name, x in params.get(SHARED, {}).items() if name not in own}
-    params = jax.tree.map(plain, {k: x for k, x in params.items() if k != SHARED}, is_leaf=is_param)
+    params = map_nodes(plain, {k: x for k, x in params.items() if k != SHARED}, Block)
     return params | ({SHARED: kept} if kept else {})
 
 
@@ -110,6 +109,6 @@ def _check(layers: Any, at: Mapping[str, Place]) -> None:
                 "cannot be traced. Call this outside of `jax.jit`, or scan over the layers."
             )
         return
-    numbers, fewest = np.asarray(layers).tolist(), min(place.count for place in at.values())
-    if not numbers or len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(fewest)):
-        raise ValueError(f"`layers` are {numbers}: name some of those from 0 to {fewest - 1}, each once.")
+    numbers, known = np.asarray(layers).tolist(), set.intersection(*held(at).values())
+    if not numbers or len(set(numbers)) < len(numbers) or not set(numbers) <= known:
+        raise ValueError(f"`layers` are {numbers}: name some of {sorted(known)}, each once.")

@@ -1,16 +1,15 @@
 """Diff Pruning: a change of every entry, each with a gate that learns whether the entry may change at all."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._node import Frozen, Reparam, Static, Trainable, is_node
+from .._node import Frozen, Static, Trainable
 from .._operands import fold_in
 from .._targets import Option, Sites, Targets, parameters
-from .._tree import Params, transform, wrap
+from .._tree import Params, nodes_of, transform, wrap
 from ._delta import Dense
 
 
@@ -66,19 +65,7 @@ def l0_penalty(params: Params) -> jax.Array:
 
     **Raises** `ValueError` if there is no `DiffPruning` node in the tree.
     """
-    every = (node for x in jax.tree.leaves(params, is_leaf=is_node) for node in _nested(x))
-    nodes = [node for node in every if isinstance(node, DiffPruning)]
-    if not nodes:
-        raise ValueError("There is no DiffPruning node in this tree: `jpeft.diff_pruning(params)` makes them.")
-    return sum(node.open() for node in nodes)
-
-
-def _nested(x: Any) -> Iterator[Any]:
-    while isinstance(x, Reparam):
-        yield x
-        x = x.base
-
-
+    return sum(node.open() for node in nodes_of(params, DiffPruning, "diff_pruning").values())
 @transform
 def diff_pruning(
     params: Params,

@@ -10,7 +10,7 @@ from .._kernel import OUT, STACK, fold
 from .._lazy import read
 from .._node import Branch, Frozen, Reparam, Static, Trainable, value, whole, widened
 from .._shared import resolve
-from .._targets import FEED_FORWARD, Option, Sites, Targets, kernels, named_leaves, options
+from .._targets import FEED_FORWARD, Option, Sites, Targets, kernels, named_leaves, options, sibling
 from .._tree import Params, put, shared_arrays, transform
 
 
@@ -58,8 +58,8 @@ def far(
     - `targets`, `sites`: which kernels. By default those of feed-forward blocks, found by their usual names.
     - `key`: not used.
 
-    **Raises** `ValueError` for a retention outside `(0, 1]`, with every path for parameters that `primed` lacks or has
-    in other shapes, and for targets as `wrap` does.
+    **Raises** `ValueError` for a retention outside `(0, 1]`, for a kernel with a bias whose stacked axes are not first,
+    with every path for parameters that `primed` lacks or has in other shapes, and for targets as `wrap` does.
     """
     axes = kernels(params, targets, sites)
     shares = options({"retention": retention}, list(axes))
@@ -81,10 +81,15 @@ def far(
 
 def _bias(kernel: str, axes: str, leaves: Mapping[str, Any]) -> dict[str, str]:
     """The letters of the bias beside a kernel, if there is one: all but the stacked axes, its first, are outputs."""
-    name = f"{kernel.rpartition('/')[0]}/bias".lstrip("/")
+    name = sibling(kernel, "bias")
     if name not in leaves:
         return {}
     depth = axes.count(STACK)
+    if STACK in axes[depth:]:
+        raise ValueError(
+            f"Which axes of {name!r} are stacked? Those of {kernel!r}, {axes!r}, do not come first: leave it out of "
+            "`targets`."
+        )
     return {name: STACK * depth + OUT * (len(whole(leaves[name]).shape) - depth)}
 
 

@@ -74,6 +74,14 @@ class Place(NamedTuple):
     layer: int | None  # its number; `None` where the parameter is stacked: it is of all layers
 
 
+def held(at: Mapping[str, Place]) -> dict[str, set[int]]:
+    """The numbers of the layers that every stack has: numbered ones may begin with 1."""
+    found: dict[str, set[int]] = {}
+    for place in at.values():
+        found.setdefault(place.stack, set()).update(range(place.count) if place.layer is None else [place.layer])
+    return found
+
+
 def places(leaves: Mapping[str, Any], pattern: str | None, axis: int) -> dict[str, Place]:
     """The parameters that are in layers, and where. The `pattern` is `LAYERS` by default.
 

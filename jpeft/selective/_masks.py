@@ -1,15 +1,15 @@
 """Masks: which entries of the parameters are to train. They are trees of booleans, made once, outside of `jit`."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .._kernel import fold, unfold
-from .._node import whole
-from .._targets import Sites, Targets, name_of, named_leaves, parameters
+from .._node import is_param, value, whole
+from .._targets import Sites, Targets, name_of, named_leaves, one_of, parameters
 from .._tree import Params, default
 from ..offline._gradients import fisher, gradient_scores
 from ..offline._values import filled, values_of
@@ -22,8 +22,7 @@ def largest(scores: Mapping[str, np.ndarray], density: float, scope: Scope) -> l
     """Where the largest of all entries are, or of each matrix, in named arrays `(stack..., in, out)`. See `mask_of`."""
     if not 0 < density <= 1:
         raise ValueError(f"A density is in (0, 1], not {density}.")
-    if scope not in ("all", "each"):
-        raise ValueError(f'`scope` is "all" or "each", not {scope!r}.')
+    one_of("scope", scope, get_args(Scope))
     broken = [name for name, x in scores.items() if np.isnan(x).any()]
     if broken:
         raise ValueError(f"Some entries are not a number, which has no rank: {', '.join(broken)}.")
@@ -59,15 +58,20 @@ def mask_of(scores: Any, *, density: float, scope: Scope = "all", sites: Sites |
     - `scores`: a tree as that of the parameters, with an array where entries count and `None` elsewhere.
     - `density`: the share of these entries that the mask has: of $N$ exactly $\lfloor density \cdot N \rfloor$. Of
       equal scores the first win, and `-inf` is never chosen.
-    - `scope`: `"all"` is one ranking of all entries. `"each"` is one of every parameter, or, with `sites`, which tell
-      what is stacked, of every layer's and expert's.
+    - `scope`: `"all"` is one ranking of all entries. `"each"` is one of every parameter, or, where `sites`, or letters
+      in `targets`, tell what is stacked, of every layer's and expert's.
 
     **Raises** `ValueError` for a density outside `(0, 1]` or of no entry, and for scores that are not a number, with
     every path.
     """
+    scores = jax.tree.map(lambda x: np.asarray(value(x), np.float32), scores, is_leaf=is_param)
+    return _of_largest(scores, parameters(scores, ".*", sites), density, scope)
+
+
+def _of_largest(scores: Any, axes: Mapping[str, str], density: float, scope: Scope) -> Any:
+    """The mask of scores whose axes have these letters."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(jax.tree.map(lambda x: np.asarray(x, np.float32), scores))
     named = {name_of(path): x for path, x in leaves}
-    axes = parameters(named, ".*", sites)
     found = largest({name: np.asarray(fold(x, axes[name])) for name, x in named.items()}, density, scope)
     back = lambda mask, name: np.asarray(unfold(mask, named[name].shape, axes[name]))
     return structure.unflatten([back(mask, name) for mask, name in zip(found, named, strict=True)])
@@ -89,10 +93,10 @@ def random_mask(
     - `targets`, `sites`: which parameters. By default every one of floating point but the output head's.
     - `key`: `jax.random.key(0)` if left out.
     """
-    leaves, names = named_leaves(params), parameters(params, targets, sites)
-    keys = jax.random.split(default(key), len(names))
-    drawn = {name: jax.random.uniform(k, whole(leaves[name]).shape) for name, k in zip(names, keys, strict=True)}
-    return mask_of(filled(params, drawn), density=density, scope=scope, sites=sites)
+    leaves, axes = named_leaves(params), parameters(params, targets, sites)
+    keys = jax.random.split(default(key), len(axes))
+    drawn = {name: jax.random.uniform(k, whole(leaves[name]).shape) for name, k in zip(axes, keys, strict=True)}
+    return _of_largest(filled(params, drawn), axes, density, scope)
 
 
 def magnitude_mask(
@@ -104,8 +108,9 @@ def magnitude_mask(
     sites: Sites | None = None,
 ) -> Any:
     """The mask of the entries that are largest in size, positive or negative. **Arguments:** those of `random_mask`."""
-    sizes = jax.tree.map(jnp.abs, values_of(params, parameters(params, targets, sites)))
-    return mask_of(filled(params, sizes), density=density, scope=scope, sites=sites)
+    axes = parameters(params, targets, sites)
+    sizes = jax.tree.map(jnp.abs, values_of(params, axes))
+    return _of_largest(filled(params, sizes), axes, density, scope)
 
 
 def fish_mask(
@@ -115,6 +120,7 @@ def fish_mask(
     *,
     density: float,
     scope: Scope = "all",
+    targets: Targets | None = None,
     sites: Sites | None = None,
     **options: Any,
 ) -> Any:
@@ -122,7 +128,8 @@ def fish_mask(
 
     Sung et al., [Training Neural Networks with Fixed Sparse Masks](https://arxiv.org/abs/2111.09839), NeurIPS 2021.
     """
-    return mask_of(fisher(loss_fn, params, batches, **options), density=density, scope=scope, sites=sites)
+    axes = parameters(params, targets, sites)
+    return _of_largest(fisher(loss_fn, params, batches, targets=targets, **options), axes, density, scope)
 
 
 def second_order_mask(
@@ -134,6 +141,7 @@ def second_order_mask(
     scope: Scope = "all",
     squared: bool = False,
     curvature: Any = None,
+    targets: Targets | None = None,
     sites: Sites | None = None,
     **options: Any,
 ) -> Any:
@@ -150,10 +158,11 @@ def second_order_mask(
 
     Fu et al., [On the Effectiveness of Parameter-Efficient Fine-Tuning](https://arxiv.org/abs/2211.15583), AAAI 2023.
     """
-    sums = gradient_scores(loss_fn, params, batches, squared=squared, **options)
+    axes = parameters(params, targets, sites)
+    sums = gradient_scores(loss_fn, params, batches, squared=squared, targets=targets, **options)
     scores = jax.tree.map(jnp.abs, sums)
     if curvature is not None:  # of |g| the root, as squares of small gradients would be zero
         power = 1.0 if squared else 0.5
         weigh = lambda g, h: jnp.where(g == 0, g, g / jnp.abs(h) ** power)
         scores = jax.tree.map(weigh, scores, curvature)
-    return mask_of(scores, density=density, scope=scope, sites=sites)
+    return _of_largest(scores, axes, density, scope)

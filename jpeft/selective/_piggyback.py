@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from .._node import Frozen, Reparam, Static, Trainable
 from .._targets import Option, Sites, Targets
-from .._tree import Params, transform, wrap
+from .._tree import Params, map_nodes, transform, wrap
 
 
 class Piggyback(Reparam):
@@ -86,15 +86,6 @@ def harden(params: Params) -> Params:
 
     **Raises** `ValueError` if there is no `Piggyback` node in the tree.
     """
-    masked = lambda x: isinstance(x, Piggyback)
-
-    def one(x):
-        if not masked(x):
-            return x
-        pack = lambda node: jnp.packbits(node.planes.reshape(len(node.planes), -1), axis=-1)
-        base = jax.tree.map(one, x.base, is_leaf=masked)
-        return BitMask(base=base, axes=x.axes, bits=x.replace(base=None).each(pack))
-
-    if not any(map(masked, jax.tree.leaves(params, is_leaf=masked))):
-        raise ValueError("There is no Piggyback node in this tree: `jpeft.piggyback(params)` makes them.")
-    return jax.tree.map(one, params, is_leaf=masked)
+    pack = lambda node: jnp.packbits(node.planes.reshape(len(node.planes), -1), axis=-1)
+    hard = lambda x: BitMask(base=x.base, axes=x.axes, bits=x.replace(base=None).each(pack))
+    return map_nodes(hard, params, Piggyback, "piggyback")

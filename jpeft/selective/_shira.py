@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from .._targets import Option, Sites, Targets
 from .._tree import Params, transform, wrap
-from ._sparse import Sparse, drawn, entries
+from ._sparse import Sparse, entries, random_indices
 
 
 @transform
@@ -35,6 +35,6 @@ def shira(
         size, count = entries(w.shape), rank * sum(w.shape)
         if not 0 < count <= size:
             raise ValueError(f"Rank {rank} is {count} entries of a kernel of shape {w.shape}: it has 1 to {size}.")
-        return Sparse(values=jnp.zeros(count), indices=drawn(key, w.shape, count))
+        return Sparse(values=jnp.zeros(count), indices=random_indices(key, w.shape, count))
 
     return wrap(params, new, targets=targets, sites=sites, key=key, rank=rank)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._kernel import fold, folded
-from .._node import Frozen, Reparam, Trainable, whole
+from .._node import Frozen, Reparam, Trainable, value, whole
 from .._targets import Sites, Targets, named_leaves, parameters
 from .._tree import Params, put, transform
 
@@ -39,7 +39,7 @@ def entries(shape: tuple[int, ...]) -> int:
     return size
 
 
-def drawn(key: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:
+def random_indices(key: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:
     """The indices of `count` entries of a matrix, at random and without replacement, in order."""
     return jnp.sort(jax.random.permutation(key, jnp.arange(entries(shape), dtype=jnp.int32))[:count])
 
@@ -74,15 +74,17 @@ def sparse(
       have a list of entries for each matrix, filled up to the longest.
     - `key`: not used: every change starts at zero.
 
-    **Raises** `ValueError` for a mask that is true nowhere, that has a path which is no parameter of floating point,
-    another shape or other values than booleans, and for matrices of $2^{31}$ entries or more.
+    **Raises** `ValueError` for a mask that is true nowhere or in no target, that has a path which is no parameter of
+    floating point, another shape or other values than booleans, and for matrices of $2^{31}$ entries or more.
     """
-    masks = {name: np.asarray(x) for name, x in named_leaves(mask).items()}
+    masks = {name: np.asarray(value(x)) for name, x in named_leaves(mask).items()}
     _check(masks, named_leaves(params))
     masks = {name: x for name, x in masks.items() if x.any()}
     if not masks:
         raise ValueError("`mask` is true nowhere: nothing would train.")
     axes = parameters(params, targets or (lambda name, _: name in masks), sites)
+    if not masks.keys() & axes.keys():
+        raise ValueError(f"`mask` is true in no target, nothing would train. It is true in: {', '.join(masks)}.")
 
     def one(name, x):
         indices = listed(masks[name], axes[name])

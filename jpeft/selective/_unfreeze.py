@@ -8,10 +8,11 @@ from typing import Any
 import jax
 
 from .._node import Leaf, Trainable, rebox, value
-from .._targets import Sites, Targets, kernels, named_leaves, no_match, select
+from .._targets import Sites, Targets, kernels, named_leaves, no_match, select, sibling
 from .._tree import Params, put, transform
 from ..additive._beft import beft
-from ._layers import Rows, places
+from ..patterns import BIAS
+from ._layers import Rows, held, places
 
 
 class Free(Leaf):
@@ -67,8 +68,10 @@ def unfreeze(
     at = places(leaves, pattern, axis)
     found = select(targets, {name: leaves[name] for name in at})
     counts = {at[name].stack: at[name].count for name in found}
-    if outside := [n for n in layers if not all(-count <= n < count for count in counts.values())]:
-        raise ValueError(f"Not every stack with a target has the layers {outside}: the stacks have {counts}.")
+    there = held(at)
+    if outside := [n for n in layers if not all(-k <= n < k and n % k in there[s] for s, k in counts.items())]:
+        has = {stack: sorted(there[stack]) for stack in counts}
+        raise ValueError(f"Not every stack with a target has the layers {outside}: the stacks have {has}.")
     chosen = {name: sorted({n % at[name].count for n in layers}) for name in found}
     single = [name for name in found if at[name].layer in chosen[name]]
     rows = {name: chosen[name] for name in found if at[name].layer is None}
@@ -104,7 +107,7 @@ def last_layers(
 def bitfit(
     params: Params,
     *,
-    targets: Targets = r"(.*/)?bias",
+    targets: Targets = BIAS,
     create: bool = False,
     sites: Sites | None = None,
     key: jax.Array | None = None,
@@ -125,10 +128,10 @@ def bitfit(
     """
     leaves, without = named_leaves(params), {}
     if create:
-        owned = {f"{name.rpartition('/')[0]}/bias".lstrip("/"): name for name in kernels(params, None, sites)}
+        owned = {sibling(name, "bias"): name for name in kernels(params, None, sites)}
         without = {bias: leaves[kernel] for bias, kernel in owned.items() if bias not in leaves}
     names = leaves | without
-    if not callable(targets) and not any(re.fullmatch(r"(.*/)?bias", name) for name in names):
+    if not callable(targets) and not any(re.fullmatch(BIAS, name) for name in names):
         raise ValueError(
             "This model has no parameter named `bias`: BitFit would train nothing. With `create=True` its modules get "
             "some, `jpeft.norms` trains the norms' scales, `jpeft.unfreeze` what its `targets` name. There are: "

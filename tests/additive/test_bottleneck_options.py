@@ -74,7 +74,7 @@ def test_dropout(passes):
     [
         ({"placement": "sequential"}, "'sequential': one of houlsby, pfeiffer, parallel"),
         ({"activation": "gellu"}, "no activation 'gellu'"),
-        ({"init": "ones"}, "'ones': 'zero' or 'houlsby'"),
+        ({"init": "ones"}, "'ones': one of zero, houlsby"),
         ({"width": {"layers_1/.*": 0, ".*": 2}}, "width of at least 1"),
         ({"dropout": 1.0}, "dropout in"),
         ({"targets": ["lm_head", "layers_0/mpl"]}, "'layers_0/mpl' matches no module. Near: layers_0/mlp"),

@@ -138,10 +138,18 @@ def test_targets_that_match_nothing():
         jpeft.fisher(logistic, PARAMS, batches(4), targets="nowhere")
 
 
+OPTIMIZERS = {
+    "adamw": optax.adamw(0.1, weight_decay=0.5),
+    "schedule_free": optax.contrib.schedule_free_sgd(1.0),  # its state starts from the parameters
+    "prodigy": optax.contrib.prodigy(estim_lr0=0.1),  # and of this one holds them, and the same zeros twice
+}
+
+
 @pytest.mark.parametrize("base", [lambda p: p, lambda p: jpeft.delta(p, targets="w")], ids=["plain", "delta"])
-def test_priming_is_training(base):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_priming_is_training(base, optimizer):
     """The changes are those of a loop over the batches with the same optimizer, weight decay included."""
-    tx = optax.adamw(0.1, weight_decay=0.5)
+    tx = OPTIMIZERS[optimizer]
     with jax.numpy_dtype_promotion("standard"):
         found = jpeft.prime(logistic_of_value, base(PARAMS), batches(4), optimizer=tx, targets="w")
         w, state = PARAMS["w"], tx.init(PARAMS["w"])

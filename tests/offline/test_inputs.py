@@ -5,14 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
 import jpeft.testing as laws
 from jpeft.offline._probe import new_probe
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 PARAMS = {"up": {"kernel": normal(0, 6, 5)}, "down": {"kernel": normal(1, 5, 3)}}
@@ -179,6 +176,7 @@ def test_refuses_inputs_that_are_not_seen():
     ("run", "params", "batch", "message"),
     [
         (forward, PARAMS, BATCHES[0] | {"mask": jnp.ones((3, 5))}, r"mask is \(3, 5\), .*'up/kernel' are \(3, 4\)"),
+        (forward, PARAMS, BATCHES[0] | {"mask": jnp.ones((4, 3))}, r"mask is \(4, 3\), .*'up/kernel' are \(3, 4\)"),
         (
             lambda p, b: routed({"w": p["w"]["kernel"]}, (b["x"], jnp.array([1, 2]))),
             {"w": {"kernel": normal(4, 2, 4, 5)}},

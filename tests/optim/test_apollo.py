@@ -74,5 +74,12 @@ def test_another_key_is_another_projection():
 
 
 def test_ratios_are_per_channel_or_per_tensor():
-    with pytest.raises(ValueError, match="not 'row'"):
+    with pytest.raises(ValueError, match="`per` is 'row': one of channel, tensor"):
         apollo(0.1, per="row")
+
+
+def test_an_update_that_was_zero_can_grow():
+    """As that of an expert without tokens in a step: of zero, a factor would be a bound for ever."""
+    g = gradients((4, 6), 1)[0]
+    idle, _ = of_kernel(apollo(1.0, rank=2), [g, jnp.zeros((4, 6)), g])
+    assert np.linalg.norm(idle[-1]) > 0.1 * np.linalg.norm(idle[0])

@@ -59,5 +59,8 @@ def test_the_residual_grows_no_faster_than_its_limit():
 
 def test_a_residual_that_was_zero_can_grow():
     g = gradients((4, 6), 1)[0]
-    found, _ = of_kernel(fira(1.0, rank=2), [jnp.zeros((4, 6)), g, g])
+    how = {"rank": 2, "every": 1}
+    found, _ = of_kernel(fira(1.0, **how), [jnp.zeros((4, 6)), g, g])
     assert all(jnp.isfinite(u).all() for u in found)
+    kept, _ = of_kernel(galore(1.0, **how), [jnp.zeros((4, 6)), g, g])
+    assert np.linalg.norm(found[1] - kept[1]) > 0.1

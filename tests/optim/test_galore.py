@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import normal
 
 import jpeft
 from jpeft.optim import apollo, fira, galore
@@ -15,12 +16,8 @@ from jpeft.optim import apollo, fira, galore
 SHAPES = {"wide": (4, 6), "tall": (6, 4), "square": (5, 5)}  # (in, out)
 
 
-def random(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
 def gradients(shape, steps=5):
-    return [random(n, *shape) for n in range(steps)]
+    return [normal(n, *shape) for n in range(steps)]
 
 
 def steps(tx, grads, params=None):
@@ -94,10 +91,10 @@ def test_moments_stay_when_the_projection_changes():
 
 
 PARAMS = {
-    "attention": {"kernel": random(0, 6, 2, 4), "bias": random(1, 2, 4)},
-    "layers": {"kernel": random(2, 3, 10, 4)},
-    "embed": {"embedding": random(3, 9, 6)},
-    "lm_head": {"kernel": random(4, 6, 9)},
+    "attention": {"kernel": normal(0, 6, 2, 4), "bias": normal(1, 2, 4)},
+    "layers": {"kernel": normal(2, 3, 10, 4)},
+    "embed": {"embedding": normal(3, 9, 6)},
+    "lm_head": {"kernel": normal(4, 6, 9)},
 }
 TARGETS = {"attention/kernel": "ioo", "layers/kernel": "sio"}
 
@@ -124,7 +121,7 @@ def test_bytes_of_the_state(tx, kept):
 def test_a_stack_is_its_matrices_and_a_kernel_of_many_axes_is_one(make):
     how = {"rank": 2, "every": 2, "inner": optax.scale_by_adam()}
     if make is not apollo:  # whose projections are drawn for each tree
-        stacked = [{"kernel": random(n, 3, 10, 4)} for n in range(3)]
+        stacked = [{"kernel": normal(n, 3, 10, 4)} for n in range(3)]
         found, _ = steps(make(0.1, **how, targets={"kernel": "sio"}), stacked)
         for layer in range(3):
             alone, _ = of_kernel(make(0.1, **how), [g["kernel"][layer] for g in stacked])
@@ -137,7 +134,7 @@ def test_a_stack_is_its_matrices_and_a_kernel_of_many_axes_is_one(make):
 
 @pytest.mark.parametrize("make", [galore, fira, apollo])
 def test_what_is_no_target_has_the_inner_updates(make):
-    grads = [jax.tree.map(lambda x, n=n: random(n, *x.shape), PARAMS) for n in range(3)]
+    grads = [jax.tree.map(lambda x, n=n: normal(n, *x.shape), PARAMS) for n in range(3)]
     found, _ = steps(make(0.1, rank=2, targets=TARGETS, weight_decay=0.5), grads, PARAMS)
     with jax.numpy_dtype_promotion("standard"):
         adamw, _ = steps(optax.adamw(0.1, weight_decay=0.5), grads, PARAMS)
@@ -149,7 +146,7 @@ def test_what_is_no_target_has_the_inner_updates(make):
 @pytest.mark.parametrize("make", [galore, fira, apollo])
 def test_weight_decay_is_of_full_rank_and_beside_the_moments(make):
     grads = [{"kernel": g} for g in gradients((4, 6))]
-    params = {"kernel": random(9, 4, 6)}
+    params = {"kernel": normal(9, 4, 6)}
     plain, first = steps(make(0.1, rank=2), grads, params)
     decayed, second = steps(make(0.1, rank=2, weight_decay=0.5), grads, params)
     chex.assert_trees_all_close(decayed, [{"kernel": u["kernel"] - 0.05 * params["kernel"]} for u in plain], atol=1e-6)

@@ -7,17 +7,14 @@ import numpy as np
 import optax
 import peft_net
 import pytest
+from arrays import normal
 
 import jpeft
 from jpeft.optim import lora_fa
 
 
-def random(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-PARAMS = {"kernel": random(0, 3, 6, 8)}  # a stack of three
-G = random(1, 3, 6, 8)
+PARAMS = {"kernel": normal(0, 3, 6, 8)}  # a stack of three
+G = normal(1, 3, 6, 8)
 
 
 def loss(params):

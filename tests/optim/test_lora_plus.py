@@ -84,3 +84,16 @@ def test_as_peft_trains_dora():
     case = "lora_plus_dora"
     tree = jpeft.dora(peft_net.base(case), rank=2, alpha=6, targets=["one/kernel", "two/kernel"])
     peft_net.check(case, tree, lora_plus(optax.adamw(1e-2, weight_decay=0.1), ratio=8.0, vectors=True))
+
+
+def test_the_factors_of_blocks_are_factors():
+    trainable, _ = jpeft.partition(jpeft.gralora({"kernel": jnp.ones((8, 8))}, rank=4, hybrid=2))
+    found = jax.tree.map(lambda x: float(jnp.mean(x)), update(lora_plus(optax.sgd(1.0), ratio=8.0), trainable))
+    assert (found["kernel"].a, found["kernel"].b, found["kernel"].whole_a, found["kernel"].whole_b) == (-1, -8, -1, -8)
+
+
+def test_refuses_what_has_no_factors():
+    trainable, _ = jpeft.partition(jpeft.vera({"kernel": jnp.ones((8, 8))}, rank=2))
+    with pytest.raises(ValueError, match="the ratio would change nothing"):
+        lora_plus(optax.sgd(1.0)).init(trainable)
+    lora_plus(optax.sgd(1.0), vectors=True).init(trainable)

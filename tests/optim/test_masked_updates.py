@@ -7,16 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import normal
 
 import jpeft
 from jpeft.optim import masked_updates
 
 
-def random(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-PARAMS = {"up": {"kernel": random(0, 4, 3, 2), "bias": random(1, 3, 2)}, "layers": {"kernel": random(2, 3, 5, 5)}}
+PARAMS = {"up": {"kernel": normal(0, 4, 3, 2), "bias": normal(1, 3, 2)}, "layers": {"kernel": normal(2, 3, 5, 5)}}
 TARGETS = {"up/kernel": "ioo", "up/bias": "oo", "layers/kernel": "sio"}
 MASK = jax.tree.map(lambda x: np.asarray(x > 0.2), PARAMS)
 
@@ -104,7 +101,7 @@ def test_a_path_into_a_node_masks_an_array_of_a_method():
 
 
 def test_parameters_in_boxes():
-    params = {"kernel": nn.Partitioned(random(0, 4, 6), ("in", "out"))}
+    params = {"kernel": nn.Partitioned(normal(0, 4, 6), ("in", "out"))}
     mask = {"kernel": np.asarray(params["kernel"].value > 0)}
     for tree in (params, jpeft.partition(jpeft.unfreeze(params, targets=".*"))[0]):
         state = masked_updates(optax.sgd(1.0), mask).init(tree)
@@ -150,7 +147,7 @@ def test_a_mask_false_where_nothing_trains_fits():
 
 
 def test_what_stands_beside_a_module_is_masked_array_by_array():
-    tuned = jpeft.bottleneck({"mlp": {"kernel": random(0, 4, 4)}}, width=2, targets="mlp")
+    tuned = jpeft.bottleneck({"mlp": {"kernel": normal(0, 4, 4)}}, width=2, targets="mlp")
     trainable, _ = jpeft.partition(tuned)
     down = np.arange(2) == np.zeros((4, 1))
     tx = masked_updates(optax.sgd(1.0), {"mlp": {"bottleneck": {"down": down}}})

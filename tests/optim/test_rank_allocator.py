@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
 from jpeft.optim import rank_allocator
@@ -14,10 +15,6 @@ from jpeft.optim import rank_allocator
 
 PEFT = np.load(Path(__file__).parents[1] / "fixtures/adalora/peft.npz")
 ARRAYS = ("a", "e", "b")
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def tree(**shapes):
@@ -55,7 +52,7 @@ def trained(params, allocator, steps):
 def test_parity_with_peft():
     """Every step: values, regrown ones too; in the end both averages and the masks."""
     params = tree(**{"0": (12, 8), "2": (8, 6)})
-    allocator = rank_allocator(total_steps=12, target_rank=2, warmup=2, final=3, every=2)
+    allocator = rank_allocator(total_steps=12, target_rank=2, warmup_steps=2, final_steps=3, every=2)
     state, update = allocator.init(params), jax.jit(allocator.update)
     set_to = lambda node, prefix: node.replace(**{n: jnp.asarray(PEFT[f"{prefix}/{n}"]) for n in ARRAYS})
     for step in range(1, 13):
@@ -75,7 +72,7 @@ def test_parity_with_peft():
 
 def test_as_many_as_the_budget_tells():
     """The budget is over all matrices, each layer of a stack for one: 3 + 1 of rank 4, to a mean of 1.5."""
-    allocator = rank_allocator(total_steps=10, target_rank=1.5, warmup=1, final=1)
+    allocator = rank_allocator(total_steps=10, target_rank=1.5, warmup_steps=1, final_steps=1)
     left = lambda t: 1 - (t - 1) / 8
     budget = [16, *(6 + int(10 * left(t) ** 3) for t in range(2, 9)), 6, 6]
     assert budget[:4] == [16, 12, 10, 8]
@@ -87,7 +84,8 @@ def test_as_many_as_the_budget_tells():
 
 
 def test_values_grow_again_until_the_end():
-    *during, last, after = trained(tree(w=(8, 6)), rank_allocator(total_steps=9, target_rank=1, final=1, every=4), 9)
+    allocator = rank_allocator(total_steps=9, target_rank=1, final_steps=1, every=4)
+    *during, last, after = trained(tree(w=(8, 6)), allocator, 9)
     assert [alive(params).sum() for params in during] == [4, 4, 4, 1, 4, 4, 4]
     assert alive(last).sum() == alive(after).sum() == 1
     change = jpeft.merge(after)["w"] - 1
@@ -133,7 +131,7 @@ def test_nothing_else_changes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"total_steps": 5, "warmup": 2, "final": 3}, "No step is left"),
+        ({"total_steps": 5, "warmup_steps": 2, "final_steps": 3}, "No step is left"),
         ({"total_steps": 5, "every": 0}, "every=0"),
         ({"total_steps": 5, "beta2": 1.0}, "beta2=1.0"),
     ],

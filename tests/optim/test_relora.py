@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import normal
 
 import jpeft
 from jpeft.optim import relora_restart, relora_schedule
@@ -16,10 +17,6 @@ from jpeft.optim import relora_restart, relora_schedule
 X = jax.random.normal(jax.random.key(0), (20, 12))
 Y = jax.random.normal(jax.random.key(1), (20, 10))
 RANK = 2
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def model(params, x):
@@ -57,7 +54,7 @@ def trained():
 
 def test_nothing_changes_at_a_restart(trained):
     params, state = trained
-    after, _ = jax.jit(relora_restart)(params, state, jax.random.key(4))
+    after, _ = jax.jit(relora_restart)(params, state, key=jax.random.key(4))
     assert np.abs(outputs(params) - outputs(start())).max() > 0.1
     np.testing.assert_allclose(outputs(after), outputs(params), rtol=1e-5, atol=1e-5)
     for name in ("up", "down"):
@@ -69,7 +66,7 @@ def test_nothing_changes_at_a_restart(trained):
 def test_the_term_starts_anew_and_trains(trained):
     """A is uniform and another one, B zero; B has a gradient then, and A has one step later."""
     params, state = trained
-    after, state = relora_restart(params, state, jax.random.key(4))
+    after, state = relora_restart(params, state, key=jax.random.key(4))
     for name, width in (("up", 12), ("down", 16)):
         node, before = after[name]["kernel"], params[name]["kernel"]
         assert np.all(node.b == 0) and np.abs(node.a - before.a).max() > 0.1
@@ -84,7 +81,7 @@ def test_the_term_starts_anew_and_trains(trained):
 def test_moments_are_reset(trained):
     """Those of A and B; not those of the bias, and no count."""
     params, state = trained
-    _, after = relora_restart(params, state, jax.random.key(4))
+    _, after = relora_restart(params, state, key=jax.random.key(4))
     assert after[0].count == state[0].count == 3
     for moments, before in ((after[0].mu, state[0].mu), (after[0].nu, state[0].nu)):
         np.testing.assert_array_equal(moments["bias"].array, before["bias"].array)
@@ -101,7 +98,7 @@ def test_moments_in_groups_are_reset():
     groups = lambda tree: jax.tree.map(mark, tree, is_leaf=is_node)
     tx = optax.partition({"lora": optax.adam(1e-2), "rest": optax.adam(1e-3)}, groups)
     params, state = steps(start(), tx, tx.init(jpeft.partition(start())[0]), 2)
-    _, after = relora_restart(params, state, jax.random.key(4))
+    _, after = relora_restart(params, state, key=jax.random.key(4))
     nonzero = lambda state, group: [bool(np.any(x)) for x in jax.tree.leaves(state.inner_states[group])]
     assert nonzero(state, "lora") == [True] * 9
     assert nonzero(after, "lora") == [True] + [False] * 8
@@ -111,7 +108,7 @@ def test_moments_in_groups_are_reset():
 @pytest.mark.parametrize("prune", [0.0, 0.75, 0.9])
 def test_moments_are_pruned_by_magnitude(trained, prune):
     params, state = trained
-    _, after = relora_restart(params, state, jax.random.key(4), prune=prune)
+    _, after = relora_restart(params, state, key=jax.random.key(4), prune=prune)
     before, left = (s[0].mu["up"]["kernel"].b for s in (state, after))
     size = np.sort(np.abs(before).ravel())
     dropped = round(prune * size.size)
@@ -128,7 +125,7 @@ def test_the_rank_grows():
         params, state = steps(params, tx, state, 6)
         change = jpeft.merge(params)["up"]["kernel"] - weights()["up"]["kernel"]
         ranks.append(int(np.linalg.matrix_rank(change, tol=1e-3)))
-        params, state = relora_restart(params, state, jax.random.key(n))
+        params, state = relora_restart(params, state, key=jax.random.key(n))
     assert ranks == [RANK, 2 * RANK, 3 * RANK]
 
 
@@ -137,7 +134,7 @@ def test_stacked_and_boxed_kernels():
     box = nn.Partitioned(normal(5, 3, 8, 6), (None, None, "model"))
     node = jpeft.lora({"w": box}, rank=2, targets={"w": "sio"})["w"]
     node = node.replace(b=normal(6, 3, 2, 6))
-    after, _ = relora_restart({"w": node}, optax.EmptyState(), jax.random.key(7))
+    after, _ = relora_restart({"w": node}, optax.EmptyState(), key=jax.random.key(7))
     np.testing.assert_allclose(after["w"].base.value, box.value + node.a @ node.b, rtol=1e-5, atol=1e-5)
     assert after["w"].base.names == box.names
     assert len(np.unique(after["w"].a)) == after["w"].a.size
@@ -149,14 +146,14 @@ def test_bfloat16_loses_what_is_small():
     for dtype in (jnp.bfloat16, jnp.float32):
         node = jpeft.lora({"w": jnp.ones((8, 8), dtype)}, rank=1, targets="w")["w"]
         node = node.replace(a=jnp.full((8, 1), 1e-3), b=jnp.ones((1, 8)))
-        after, _ = relora_restart({"w": node}, optax.EmptyState(), jax.random.key(7))
+        after, _ = relora_restart({"w": node}, optax.EmptyState(), key=jax.random.key(7))
         assert after["w"].base.dtype == dtype and after["w"].a.dtype == jnp.float32
         lost[dtype] = float(jnp.abs(after["w"].base.astype(jnp.float32) - 1.001).max())
     assert 9e-4 < lost[jnp.bfloat16] <= 2.0**-9 and lost[jnp.float32] < 1e-6
 
 
 def test_a_checkpoint_tells_that_the_base_has_moved(trained, tmp_path):
-    params, state = relora_restart(*trained, jax.random.key(4))
+    params, state = relora_restart(*trained, key=jax.random.key(4))
     params, _ = steps(params, optax.adam(1e-2), state, 2)
     jpeft.save(tmp_path / "adapter", params)
     with pytest.raises(jpeft.BaseMismatchError, match="2 of 3 parameters"):
@@ -180,12 +177,24 @@ def test_schedule():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="no LoRA in this tree"):
-        relora_restart(weights(), optax.EmptyState(), jax.random.key(0))
+    with pytest.raises(ValueError, match="no LoRA node in this tree"):
+        relora_restart(weights(), optax.EmptyState(), key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"`prune` is 1\.5"):
-        relora_restart(start(), optax.EmptyState(), jax.random.key(0), prune=1.5)
+        relora_restart(start(), optax.EmptyState(), key=jax.random.key(0), prune=1.5)
     quantized = jpeft.chain(jpeft.nf4(), jpeft.lora(rank=2))(weights())
     with pytest.raises(ValueError, match=r"(?s)down/kernel: NF4.*up/kernel: NF4"):
-        relora_restart(quantized, optax.EmptyState(), jax.random.key(0))
+        relora_restart(quantized, optax.EmptyState(), key=jax.random.key(0))
     with pytest.raises(ValueError, match="restart_warmup_steps=40"):
         relora_schedule(1.0, total_steps=100, restart_every=40, restart_warmup_steps=40)
+
+
+def test_every_matrix_of_a_stack_keeps_its_share_of_moments():
+    params = jpeft.lora({"kernel": normal(0, 3, 8, 6)}, rank=2, targets={"kernel": "sio"})
+    moments = optax.adam(1e-2).init(jpeft.partition(params)[0])
+    size = jnp.array([1.0, 10, 100])[:, None, None]
+    filled = lambda x: jnp.arange(1.0, 1.0 + x[0].size).reshape(1, *x[0].shape) * size if x.ndim else x
+    moments = jax.tree.map(filled, moments)
+    _, state = relora_restart(params, moments, key=jax.random.key(1), prune=0.75)
+    for moment in (state[0].mu["kernel"], state[0].nu["kernel"]):
+        np.testing.assert_array_equal(jnp.count_nonzero(moment.a, axis=(1, 2)), [4, 4, 4])
+        np.testing.assert_array_equal(jnp.count_nonzero(moment.b, axis=(1, 2)), [3, 3, 3])

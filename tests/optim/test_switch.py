@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import waves
 
 import jpeft
 from jpeft.models import Decoder, DecoderConfig, stack_layers
@@ -25,12 +26,9 @@ OUTSIDE = "embed/.*|norm/.*|lm_head/.*"
 @functools.cache
 def base(scan):
     shapes = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), IDS)["params"]
-    params = shaken(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), jax.random.key(0), 0.3)
-    return stack_layers(params) if scan else params
-
-
-def waves(y):
-    return jnp.mean((y - jnp.cos(jnp.arange(y.size)).reshape(y.shape)) ** 2)
+    with jax.ensure_compile_time_eval():  # what is cached is no tracer
+        params = shaken(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), jax.random.key(0), 0.3)
+        return stack_layers(params) if scan else params
 
 
 def stepper(scan, tx, traces=100):
@@ -207,7 +205,7 @@ def test_any_axis_and_several_stacks():
 
 @pytest.mark.parametrize("layers", [[], [0, 0], [3], [-1]])
 def test_refuses_layers(layers):
-    with pytest.raises(ValueError, match=r"name some of those from 0 to 2, each once"):
+    with pytest.raises(ValueError, match=r"name some of \[0, 1, 2\], each once"):
         jpeft.blocks(base(True), layers=layers)
 
 
@@ -223,3 +221,16 @@ def test_refuses_trees():
         jax.jit(lambda n: jpeft.blocks(base(False), layers=n))(jnp.array([0]))
     with pytest.raises(ValueError, match="keeps no base to nest these nodes in"):
         jpeft.blocks(jpeft.lora(base(True), targets={".*/up/kernel": "sio"}), layers=[0])
+
+
+def test_layers_numbered_from_one_have_no_zeroth():
+    with pytest.raises(ValueError, match=r"name some of \[1, 2\], each once"):
+        jpeft.blocks({f"layer{n}": {"kernel": jnp.ones((2, 2))} for n in (1, 2)}, layers=[0])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_what_trains_can_be_donated(scan):
+    params = jax.tree.map(jnp.copy, base(scan))
+    trainable, frozen = jpeft.partition(jpeft.blocks(params, layers=[1]))
+    jax.jit(lambda t, f: (jax.tree.map(jnp.add, t, t), f), donate_argnums=0)(trainable, frozen)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((params, frozen)))

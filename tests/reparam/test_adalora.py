@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
 
@@ -11,10 +12,6 @@ import jpeft
 W = jax.random.normal(jax.random.key(0), (8, 6))
 X = jax.random.normal(jax.random.key(1), (4, 8))
 MASK = jnp.array([True, False, True, False])
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def tuned(**options):

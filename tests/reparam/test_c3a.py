@@ -51,7 +51,8 @@ def test_start():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"block": 3}, r"both sides of a kernel \(12, 8\), not 3"), ({"init": "x"}, "'zeros'")]
+    ("options", "message"),
+    [({"block": 3}, r"both sides of a kernel \(12, 8\), not 3"), ({"init": "x"}, "'x': one of xavier, zeros")],
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):

@@ -4,12 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 W, RANK = normal(0, 8, 6), 3
@@ -63,6 +60,14 @@ def test_start():
     found, want = jax.grad(loss)(node), jax.grad(loss)(lora)
     np.testing.assert_allclose(found.b, want.b, rtol=1e-4)
     assert np.all(found.b != 0) and np.all(found.a == 0) and found.bound == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_start_in_half_precision(dtype):
+    """Norms of zero are none in float16 either, whose smallest number is above 1e-8."""
+    w, x = W.astype(dtype), normal(1, 5, 8).astype(dtype)
+    fn = lambda params, x: x @ params["w"]
+    np.testing.assert_array_equal(jpeft.apply(fn, {"w": node_of(w)}, x), fn({"w": w}, x))
 
 
 def test_each_layer_of_a_stack_has_its_own_bound():

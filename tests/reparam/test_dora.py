@@ -4,16 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
 
 
 W = jax.random.normal(jax.random.key(0), (7, 5))
 X = jax.random.normal(jax.random.key(1), (4, 7))
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def tuned(**options):

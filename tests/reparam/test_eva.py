@@ -90,6 +90,16 @@ def test_a_kernel_without_rank_stays():
     assert tuned["narrow"].a.shape == (2, 2) and tuned["wide"] is params["wide"]
 
 
+def test_what_rounding_leaves_of_constant_inputs_is_no_variance():
+    """The mean taken away, nothing is left of them: their kernel gets no rank."""
+    x, same = jax.random.normal(jax.random.key(0), (1000, 8)), jnp.tile(1.1 * jnp.arange(1.0, 9), (1000, 1))
+    params = {"constant": jnp.ones((8, 8)), "varied": jnp.ones((8, 8))}
+    fn = lambda p, x: jnp.sum(same @ p["constant"]) + jnp.sum(x @ p["varied"])
+    inputs = jpeft.capture_inputs(lambda p, x: jpeft.apply(fn, p, x), params, [x], targets=".*")
+    tuned = jpeft.eva(params, inputs=inputs, rank=2, centered=True)
+    assert tuned["varied"].a.shape == (8, 4) and tuned["constant"] is params["constant"]
+
+
 def test_scanned_layers_have_one_rank():
     subject = laws.subject("decoder", scan=True)
     run = lambda p, batch: jpeft.apply(subject.model, {"params": p}, *batch)

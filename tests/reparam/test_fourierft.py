@@ -62,5 +62,5 @@ def test_refuses():
     params = {n: {"kernel": jnp.ones(s)} for n, s in {"a": (6, 8), "b": (30, 40), "c": (8, 5)}.items()}
     with pytest.raises(ValueError, match=r"(?s)1000 freq.*a/kernel: \(6, 8\).*c/kernel: \(8, 5\)$"):
         jpeft.fourierft(params)
-    with pytest.raises(ValueError, match="'normal' or 'zeros'"):
+    with pytest.raises(ValueError, match="'gaussian': one of normal, zeros"):
         jpeft.fourierft(params, init="gaussian")

@@ -5,13 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
 from jpeft.testing import shaken
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def close(found, want, tolerance=1e-5):
@@ -25,7 +22,8 @@ def trained(node, key=7):
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_by_the_dense_product(residual):
-    node = trained(jpeft.krona({"kernel": normal(0, 12, 12)}, factor=3, scale=0.5, residual=residual))["kernel"]
+    params = {"kernel": normal(0, 12, 12)}
+    node = trained(jpeft.krona(params, decompose_factor=3, scale=0.5, residual=residual))["kernel"]
     assert node.a.shape == (3, 3) and node.b.shape == (4, 4)
     want = 0.5 * np.kron(node.a, node.b) + (float(node.residual) * np.eye(12) if residual else 0)
     x = normal(1, 2, 5, 12)
@@ -83,7 +81,10 @@ def test_start():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"residual": True}, "12 features cannot be added to 8"), ({"placement": "serial"}, "'kernel' or 'parallel'")],
+    [
+        ({"residual": True}, "12 features cannot be added to 8"),
+        ({"placement": "serial"}, "'serial': one of kernel, parallel"),
+    ],
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,10 +16,6 @@ from jpeft.reparam._lokr import factorization
 
 PEFT = np.load(Path(__file__).parents[1] / "fixtures" / "reparam" / "peft.npz")["factorization"]
 SIZE = st.integers(1, 4)
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def test_factorization():

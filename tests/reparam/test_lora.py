@@ -5,16 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import normal
 
 import jpeft
 
 
 D_IN, D_OUT = 6, 9
 X = jax.random.normal(jax.random.key(0), (5, D_IN))
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def weights():

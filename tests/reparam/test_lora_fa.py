@@ -4,15 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
 
 
 TOKENS, WIDTH, RANK = 7, 5, 2
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 X = normal(0, TOKENS, WIDTH)

@@ -4,12 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 W, X = normal(0, 7, 5), normal(1, 4, 7)
@@ -52,5 +49,5 @@ def test_mixers():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="one of uniform, orthogonal, not 'zeros'"):
+    with pytest.raises(ValueError, match="'zeros': one of uniform, orthogonal"):
         tuned(mixer="zeros")

@@ -4,16 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
 
 
 W = jax.random.normal(jax.random.key(0), (8, 6))
 STARTS = {"pissa": jpeft.pissa, "olora": jpeft.olora, "randomized": jpeft.pissa(iterations=2)}
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def node_of(start, w=W, **options):

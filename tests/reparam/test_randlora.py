@@ -4,12 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 WEIGHTS = {"down": normal(0, 12, 5), "square": normal(1, 5, 5), "up": normal(2, 5, 9)}

@@ -4,14 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from scipy.linalg import hadamard as matrix
 
 import jpeft
 from jpeft.reparam._fastfood import PROJECTIONS, dense, fastfood, hadamard
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def close(found, want, tolerance=1e-5):

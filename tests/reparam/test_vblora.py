@@ -4,12 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 WEIGHTS = {"up": normal(0, 6, 9), "down": normal(1, 9, 12)}
@@ -84,6 +81,16 @@ def test_at_rest(top, tmp_path):
     assert kept == {"choices_b": (jnp.uint8, (2, 4, top)), "shares_b": (jnp.float32, (2, 4, top - 1))}
     jpeft.save(tmp_path / "rest", rest)
     np.testing.assert_array_equal(run(jpeft.restore(tmp_path / "rest", WEIGHTS)), run(rest))
+
+
+def test_half_precision_chooses_alike():
+    """In a bfloat16 model the vectors are those of the merge, also where two logits are one in bfloat16."""
+    params = jpeft.vblora({"w": jnp.zeros((64, 64), jnp.bfloat16)}, vectors=64, length=4, targets="w")
+    node = params["w"]
+    params["w"] = node.replace(logits_a=4 + node.logits_a, logits_b=4 + node.logits_b)
+    found = jpeft.apply(lambda params, x: x @ params["w"], params, jnp.eye(64, dtype=jnp.bfloat16))
+    want = np.asarray(jpeft.merge(params)["w"], np.float32)
+    np.testing.assert_allclose(np.asarray(found, np.float32), want, rtol=0, atol=0.02 * np.abs(want).max())
 
 
 def test_a_large_bank_has_larger_places():

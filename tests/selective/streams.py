@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from arrays import waves
 
 import jpeft
 from jpeft.testing import shaken
@@ -34,10 +35,6 @@ def plain(params, x=X):
     return functools.reduce(lambda x, one: block(one, x), params, x)
 
 
-def loss(y):
-    return jnp.mean((y - jnp.cos(jnp.arange(y.size)).reshape(y.shape)) ** 2)
-
-
 def stack(blocks):
     return jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)
 
@@ -53,7 +50,7 @@ def trained(forward, chooser, steps=30):
 
     @jax.jit
     def step(trainable, state, key):
-        fit = lambda t: loss(jpeft.apply(run, jpeft.combine(t, frozen), X, key))
+        fit = lambda t: waves(jpeft.apply(run, jpeft.combine(t, frozen), X, key))
         value, grads = jax.value_and_grad(fit)(trainable)
         with jax.numpy_dtype_promotion("standard"):  # Optax counts steps in integers
             updates, state = tx.update(grads, state, trainable)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from streams import BATCH, BLOCKS, FROZEN, LOGITS, TUNED, WIDTH, X, block, check_trained, loss, plain, stack, trained
+from arrays import waves
+from streams import BATCH, BLOCKS, FROZEN, LOGITS, TUNED, WIDTH, X, block, check_trained, plain, stack, trained
 
 import jpeft
 from jpeft.testing import shaken
@@ -25,8 +26,8 @@ def test_filters_of_one_choice(scan):
     for logit, params in ((-9.0, FROZEN), (9.0, TUNED)):
         np.testing.assert_allclose(run(of(TUNED), logit), plain(params), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(run(of(FROZEN), jnp.cos(jnp.arange(8.0))[None]), plain(FROZEN), rtol=1e-6, atol=1e-6)
-    grads = jax.grad(lambda t: loss(run(t, 9.0)))(of(TUNED))
-    chex.assert_trees_all_close(grads, of(jax.grad(lambda t: loss(plain(t)))(TUNED)), rtol=1e-4, atol=1e-6)
+    grads = jax.grad(lambda t: waves(run(t, 9.0)))(of(TUNED))
+    chex.assert_trees_all_close(grads, of(jax.grad(lambda t: waves(plain(t)))(TUNED)), rtol=1e-4, atol=1e-6)
 
 
 def test_filters_that_are_alike_in_all_channels_are_spottune():
@@ -39,7 +40,7 @@ def test_filters_that_are_alike_in_all_channels_are_spottune():
         return jpeft.adafilter(block, FROZEN, TUNED, X, gate, 0)
 
     examples = lambda logits: jpeft.spottune(block, FROZEN, TUNED, X, logits, temperature=1.0)
-    found, want = (jax.value_and_grad(lambda z, f=f: loss(f(z)))(LOGITS) for f in (channels, examples))
+    found, want = (jax.value_and_grad(lambda z, f=f: waves(f(z)))(LOGITS) for f in (channels, examples))
     chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-7)
 
 

@@ -6,7 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from tuning import train, trained_paths, waves
+from arrays import waves
+from tuning import train, trained_paths
 
 import jpeft
 from jpeft._targets import named_leaves

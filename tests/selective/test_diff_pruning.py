@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import waves
 
 import jpeft
 from jpeft.testing import subject
@@ -24,7 +25,7 @@ def node(**fields):
 
 def loss(node, key=None):
     y = jpeft.apply(lambda params, x: x @ params["kernel"], {"kernel": node}, X, rngs=key)
-    return jnp.mean((y - jnp.cos(jnp.arange(y.size)).reshape(y.shape)) ** 2)
+    return waves(y)
 
 
 @pytest.mark.parametrize("structured", [True, False])
@@ -115,7 +116,7 @@ def train(model, params, tx, penalty, steps, key=None):
     def slope(trainable, key):
         params = jpeft.combine(trainable, frozen)
         y = jpeft.apply(model.model, {"params": params}, *model.args, rngs=None if key is None else {"dropout": key})
-        fit = jnp.mean((y - jnp.cos(jnp.arange(y.size)).reshape(y.shape)) ** 2)
+        fit = waves(y)
         return fit + penalty(params), fit
 
     @jax.jit

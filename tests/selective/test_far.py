@@ -208,3 +208,9 @@ def test_refuses_another_tree():
     del other["mlp"]["down"]["bias"]
     with pytest.raises(ValueError, match=r"(?s)mlp/down/bias: missing.*mlp/up/kernel: \(2, 2\), and not \(6, 10\)"):
         jpeft.far(base(), primed=other)
+
+
+def test_refuses_biases_whose_stack_is_not_told():
+    params = {"mlp": {"up": {"kernel": jnp.ones((4, 6, 3)), "bias": jnp.ones((6, 3))}}}
+    with pytest.raises(ValueError, match=r"Which axes of 'mlp/up/bias' are stacked\?"):
+        jpeft.far(params, primed=params, targets={".*kernel": "ios"})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import waves
 
 import jpeft
 from jpeft._targets import named_leaves
@@ -23,10 +24,6 @@ IDS = jax.random.randint(jax.random.key(1), (2, 6), 0, 32)
 def params():
     shapes = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), IDS)["params"]
     return shaken(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), jax.random.key(0), 0.3)
-
-
-def waves(y):
-    return jnp.mean((y - jnp.cos(jnp.arange(y.size)).reshape(y.shape)) ** 2)
 
 
 def step(model, tx):

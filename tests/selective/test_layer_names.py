@@ -73,8 +73,8 @@ NUMBERED = {f"layers_{n}": DENSE for n in range(3)}
     ("tree", "options", "message"),
     [
         (NUMBERED, {"k": 0}, r"No target is in the layers \[\]: the stacks have \{'layers_': 3\}"),
-        (NUMBERED, {"k": 4}, r"has the layers \[-4\]: the stacks have \{'layers_': 3\}"),
-        ({"layers": STACKED}, {"k": 4}, r"has the layers \[-4\]: the stacks have \{'layers': 3\}"),
+        (NUMBERED, {"k": 4}, r"has the layers \[-4\]: the stacks have \{'layers_': \[0, 1, 2\]\}"),
+        ({"layers": STACKED}, {"k": 4}, r"has the layers \[-4\]: the stacks have \{'layers': \[0, 1, 2\]\}"),
         ({"dense": DENSE}, {"k": 1}, "matches no layer.*There are 2: dense/bias, dense/kernel"),
         (NUMBERED, {"k": 1, "pattern": r"(?P<stack>block)_\d/.*"}, "matches no layer"),
         (NUMBERED, {"k": 1, "pattern": r"layers_\d/.*"}, r"needs a group `\(\?P<stack>"),
@@ -102,7 +102,7 @@ def test_layers_of_some_stacks():
     trainable, _ = jpeft.partition(jpeft.unfreeze(tree, targets="encoder/.*/kernel", layers=[3, 0, -1]))
     found = {name for name, node in named_leaves(trainable).items() if jax.tree.leaves(node)}
     assert found == {"encoder/layers_0/kernel", "encoder/layers_3/kernel"}
-    with pytest.raises(ValueError, match=r"has the layers \[3, -3\]: the stacks have \{'decoder/layers_': 2, 'e"):
+    with pytest.raises(ValueError, match=r"has the layers \[3, -3\]: the stacks have \{'decoder/layers_': \[0, 1\]"):
         jpeft.unfreeze(tree, targets=".*/kernel", layers=[3, 1, -3])
     with pytest.raises(ValueError, match=r"No target is in the layers \[1\]"):
         jpeft.unfreeze(tree, targets="encoder/layers_0/.*", layers=[1])
@@ -113,3 +113,11 @@ def test_layers_of_some_stacks():
 def test_nodes_in_other_layers_stay():
     tuned = jpeft.last_layers(jpeft.int8(NUMBERED, targets="layers_[01]/kernel"), k=1)
     assert isinstance(tuned["layers_0"]["kernel"], jpeft.Int8) and isinstance(tuned["layers_2"]["kernel"], jpeft.Free)
+
+
+@pytest.mark.parametrize("select", [jpeft.last_layers(k=3), jpeft.unfreeze(targets=".*", layers=[0, 1])])
+def test_layers_numbered_from_one_have_no_zeroth(select):
+    params = {f"layer{n}": {"kernel": jnp.ones((2, 2))} for n in (1, 2)}
+    with pytest.raises(ValueError, match=r"the stacks have \{'layer': \[1, 2\]\}"):
+        select(params)
+    assert jpeft.summary(jpeft.last_layers(params, k=2)).trainable == 8

@@ -2,17 +2,15 @@
 
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
 from jpeft.testing import subject
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def count(mask):
@@ -177,10 +175,32 @@ def test_a_curvature_of_zero_where_there_is_no_gradient():
         ({"a": jnp.ones(4)}, {"density": 0.0}, r"in \(0, 1\], not 0.0"),
         ({"a": jnp.ones(4)}, {"density": 1.5}, r"in \(0, 1\], not 1.5"),
         ({"a": jnp.ones(4)}, {"density": 0.2}, "0.2 of 4 entries is none"),
-        ({"a": jnp.ones(4)}, {"density": 0.5, "scope": "layer"}, '"all" or "each"'),
+        ({"a": jnp.ones(4)}, {"density": 0.5, "scope": "layer"}, "`scope` is 'layer': one of all, each"),
         ({"a": None}, {"density": 0.5}, "no parameter"),
     ],
 )
 def test_refuses(scores, options, message):
     with pytest.raises(ValueError, match=message):
         jpeft.mask_of(scores, **options)
+
+
+@pytest.mark.parametrize("make", [jpeft.random_mask, jpeft.magnitude_mask])
+def test_letters_tell_what_is_ranked_apart(make):
+    params = {"layers": {"kernel": normal(0, 3, 8, 4) * jnp.array([1.0, 10, 100])[:, None, None]}}
+    mask = make(params, density=0.25, scope="each", targets={".*": "sio"})["layers"]["kernel"]
+    np.testing.assert_array_equal(mask.sum((1, 2)), [8, 8, 8])
+
+
+@pytest.mark.parametrize("make", [jpeft.fish_mask, jpeft.second_order_mask])
+def test_letters_tell_what_is_ranked_apart_by_gradients(make):
+    scale = jnp.array([1.0, 10, 100]).reshape(1, 3, 1, 1)
+    loss = lambda params, x: jnp.sum(params["layers"]["kernel"] * x * scale)
+    batches, params = [normal(1, 1, 3, 8, 4)], {"layers": {"kernel": jnp.zeros((1, 3, 8, 4))}}
+    mask = make(loss, params, batches, density=0.25, scope="each", targets={".*": "ssio"})["layers"]["kernel"]
+    np.testing.assert_array_equal(mask.sum((0, 2, 3)), [8, 8, 8])
+
+
+def test_scores_in_boxes_make_a_mask():
+    scores = {"kernel": nn.Partitioned(normal(0, 4, 8), names=(None, "model"))}
+    mask = jpeft.mask_of(scores, density=0.25)["kernel"]
+    np.testing.assert_array_equal(mask, jpeft.mask_of({"kernel": scores["kernel"].value}, density=0.25)["kernel"])

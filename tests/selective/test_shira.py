@@ -6,15 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 import jpeft
 
 
 PEFT = dict(np.load(Path(__file__).parents[1] / "fixtures/shira/peft.npz"))
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def test_outputs_and_gradients_are_those_of_peft():

@@ -5,15 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import normal
 
 import jpeft
 
 
 X = jax.random.normal(jax.random.key(7), (5, 6))
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def weights():
@@ -155,3 +152,8 @@ def test_refuses_matrices_of_which_indices_would_overflow():
     mask = {"table": np.broadcast_to(True, shape)}
     with pytest.raises(ValueError, match=r"\(65536, 32768\) has more entries than an int32"):
         jpeft.sparse({"table": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}, mask=mask)
+
+
+def test_refuses_targets_in_which_nothing_would_train():
+    with pytest.raises(ValueError, match=r"true in no target.*: up/bias, up/kernel"):
+        jpeft.sparse(weights(), mask=masks(), targets="down/.*")

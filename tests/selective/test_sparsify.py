@@ -5,16 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import normal
 
 import jpeft
 from jpeft.testing import subject
 
 
 X, Y = jax.random.normal(jax.random.key(7), (5, 6)), jax.random.normal(jax.random.key(8), (5, 4))
-
-
-def normal(n, *shape):
-    return jax.random.normal(jax.random.key(n), shape)
 
 
 def weights():

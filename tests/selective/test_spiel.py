@@ -53,7 +53,7 @@ def test_starts_at_random_entries(make):
 def test_reselect_is_what_sorting_by_hand_says(make, rate):
     params, state = trained(make(density=0.25))
     scores = {"kernel": normal(7, params["kernel"].base.shape)}
-    new, new_state = jax.jit(jpeft.reselect)(params, state, scores, rate=rate)
+    new, new_state = jax.jit(jpeft.optim.reselect)(params, state, scores, rate=rate)
     np.testing.assert_array_equal(new["kernel"].base, params["kernel"].base)
     olds = rows(params["kernel"], state.mu, state.nu, state.age)
     news = rows(new["kernel"], new_state.mu, new_state.nu, new_state.age)
@@ -73,7 +73,7 @@ def test_reselect_is_what_sorting_by_hand_says(make, rate):
 @pytest.mark.parametrize("make", [single, layers])
 def test_dropped_entries_are_the_base_again(make):
     params, state = trained(make(density=0.25))
-    new, _ = jpeft.reselect(params, state, {"kernel": normal(7, params["kernel"].base.shape)}, rate=0.5)
+    new, _ = jpeft.optim.reselect(params, state, {"kernel": normal(7, params["kernel"].base.shape)}, rate=0.5)
     before, after = (np.asarray(jpeft.merge(x)["kernel"]).ravel() for x in (params, new))
     base = np.asarray(params["kernel"].base).ravel()
     back = (before != base) & (after == base)
@@ -83,7 +83,7 @@ def test_dropped_entries_are_the_base_again(make):
 
 def test_no_more_than_there_are_left_to_select():
     params, state = trained(single(density=0.75))
-    new, _ = jpeft.reselect(params, state, {"kernel": normal(7, (8, 6))}, rate=1.0)
+    new, _ = jpeft.optim.reselect(params, state, {"kernel": normal(7, (8, 6))}, rate=1.0)
     held, found = params["kernel"].indices, new["kernel"].indices
     assert len(np.unique(found)) == len(found) == 36
     np.testing.assert_array_equal(np.setdiff1d(np.arange(48), held), np.setdiff1d(found, held))
@@ -95,7 +95,7 @@ def test_lists_that_are_filled_up_stay_filled_up():
     mask[1, 3, 3] = False
     params = jpeft.sparse({"kernel": KERNEL[:2, :4, :4]}, mask={"kernel": mask}, targets={"kernel": "sio"})
     params, state = trained(params)
-    new, _ = jpeft.reselect(params, state, {"kernel": normal(3, (2, 4, 4))}, rate=0.5)
+    new, _ = jpeft.optim.reselect(params, state, {"kernel": normal(3, (2, 4, 4))}, rate=0.5)
     found = np.asarray(new["kernel"].indices)
     assert (found < 16).sum(1).tolist() == [4, 15]
     assert all(len(np.unique(x[x < 16])) == (x < 16).sum() for x in found)
@@ -110,7 +110,7 @@ def test_compiles_once_for_a_schedule_of_rates():
     def run(params, state, step):
         nonlocal traces
         traces += 1
-        return jpeft.reselect(params, state, {"kernel": normal(7, (8, 6))}, rate=rates(step))
+        return jpeft.optim.reselect(params, state, {"kernel": normal(7, (8, 6))}, rate=rates(step))
 
     params, state = trained(single(density=0.5))
     moved = []
@@ -160,7 +160,7 @@ def test_finds_the_entries_that_have_to_change():
     def reselect(params, state, step):
         loss = lambda w: jnp.mean(jnp.square(x @ w - y))
         scores = {"kernel": jax.grad(loss)(jpeft.merge(params)["kernel"])}
-        return jpeft.reselect(params, state, scores, rate=rates(step))
+        return jpeft.optim.reselect(params, state, scores, rate=rates(step))
 
     start = jpeft.spiel({"kernel": base}, density=0.05)
     step_by_step = lambda params, state, step: (params, state) if step % 5 else reselect(params, state, jnp.int32(step))
@@ -175,7 +175,7 @@ def test_finds_the_entries_that_have_to_change():
 def test_stands_over_and_under_other_nodes(below):
     base = below({"kernel": normal(0, (64, 64))})
     params, state = trained(jpeft.lora(jpeft.spiel(base, density=0.01), rank=2))
-    new, new_state = jpeft.reselect(params, state, {"kernel": normal(7, (64, 64))}, rate=0.5)
+    new, new_state = jpeft.optim.reselect(params, state, {"kernel": normal(7, (64, 64))}, rate=0.5)
     old, found = params["kernel"].base, new["kernel"].base
     assert isinstance(found, jpeft.Sparse) and np.sum(old.indices != found.indices) == 20
     np.testing.assert_array_equal(new["kernel"].a, params["kernel"].a)
@@ -192,13 +192,13 @@ def test_gradients_over_batches_are_scores():
     scores = jpeft.gradient_scores(loss, params, batches)
     of_kernel = lambda w, batch: loss({**jpeft.merge(params), "kernel": w}, batch)
     by_hand = sum(jax.grad(of_kernel)(params["kernel"].value(), batch) for batch in batches)
-    found, expected = (jpeft.reselect(params, state, x, rate=1.0)[0] for x in (scores, {"kernel": by_hand}))
+    found, expected = (jpeft.optim.reselect(params, state, x, rate=1.0)[0] for x in (scores, {"kernel": by_hand}))
     np.testing.assert_array_equal(found["kernel"].indices, expected["kernel"].indices)
 
 
 def test_what_has_no_scores_stays():
     params, state = trained(jpeft.spiel({name: {"kernel": KERNEL[0]} for name in "ab"}, density=0.5))
-    new, _ = jpeft.reselect(params, state, {"a": {"kernel": None}, "b": {"kernel": normal(1, (8, 6))}}, rate=0.5)
+    new, _ = jpeft.optim.reselect(params, state, {"a": {"kernel": None}, "b": {"kernel": normal(1, (8, 6))}}, rate=0.5)
     np.testing.assert_array_equal(new["a"]["kernel"].indices, params["a"]["kernel"].indices)
     assert np.sum(new["b"]["kernel"].indices != params["b"]["kernel"].indices) == 12
 
@@ -207,7 +207,7 @@ def test_what_has_no_scores_stays():
 def test_optimizers_that_remember_other_things(optimizer):
     params = single(density=0.5)
     state = optimizer.init(jpeft.partition(params)[0])
-    _, new = jpeft.reselect(params, state, {"kernel": normal(1, (8, 6))}, rate=0.5)
+    _, new = jpeft.optim.reselect(params, state, {"kernel": normal(1, (8, 6))}, rate=0.5)
     assert [x.shape for x in jax.tree.leaves(new)] == [x.shape for x in jax.tree.leaves(state)]
 
 
@@ -221,9 +221,9 @@ def test_refuses_scores_that_do_not_fit():
     params, state = trained(jpeft.spiel({name: {"kernel": KERNEL[0]} for name in "ab"}))
     wrong = {name: {"kernel": normal(1, (6, 8))} for name in "ab"}
     with pytest.raises(ValueError, match=r"a/kernel: \(6, 8\), not \(8, 6\)\n  b/kernel"):
-        jpeft.reselect(params, state, wrong, rate=0.1)
+        jpeft.optim.reselect(params, state, wrong, rate=0.1)
     with pytest.raises(ValueError, match=r"No `Sparse` node has scores.*'a/kernel', 'b/kernel'"):
-        jpeft.reselect(params, state, {"c": normal(1, (6, 8))}, rate=0.1)
+        jpeft.optim.reselect(params, state, {"c": normal(1, (6, 8))}, rate=0.1)
 
 
 def test_optimizers_of_parts():
@@ -233,7 +233,7 @@ def test_optimizers_of_parts():
     gradients = trainable | {"kernel": trainable["kernel"].replace(values=jnp.ones(24))}
     with jax.numpy_dtype_promotion("standard"):  # Optax counts steps in integers
         _, state = tx.update(gradients, tx.init(trainable))
-    new, after = jpeft.reselect(params, state, {"kernel": normal(1, (8, 6))}, rate=0.5)
+    new, after = jpeft.optim.reselect(params, state, {"kernel": normal(1, (8, 6))}, rate=0.5)
     stays = new["kernel"].indices == params["kernel"].indices
     assert 0 < stays.sum() < 24
     (moment,) = (x["kernel"].values for _, x in optax.tree.get_all_with_path(after, "mu"))
@@ -244,4 +244,14 @@ def test_refuses_a_state_whose_moments_it_would_not_find():
     params = single(density=0.5)
     state = {"moments": jax.tree.leaves(optax.adam(0.1).init(jpeft.partition(params)[0]))}
     with pytest.raises(ValueError, match=r"arrays of shapes \[\(24,\)\]"):
-        jpeft.reselect(params, state, {"kernel": normal(1, (8, 6))}, rate=0.1)
+        jpeft.optim.reselect(params, state, {"kernel": normal(1, (8, 6))}, rate=0.1)
+
+
+@pytest.mark.parametrize("below", [jpeft.spiel(density=0.25), jpeft.unfreeze(targets=".*"), jpeft.delta()])
+def test_what_trains_beneath_is_remembered(below):
+    params = jpeft.spiel(below({"kernel": KERNEL[0]}), density=0.25, key=jax.random.key(3))
+    params, state = trained(params)
+    new, new_state = jpeft.optim.reselect(params, state, {"kernel": normal(7, (8, 6))}, rate=0.5)
+    assert (new["kernel"].indices != params["kernel"].indices).sum() == 6
+    for old, found in ((params, new), (state.mu, new_state.mu), (state.nu, new_state.nu), (state.age, new_state.age)):
+        jax.tree.map(np.testing.assert_array_equal, found["kernel"].base, old["kernel"].base)

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from streams import BATCH, BLOCKS, FROZEN, LOGITS, TUNED, X, block, check_trained, loss, plain, stack, trained
+from arrays import waves
+from streams import BATCH, BLOCKS, FROZEN, LOGITS, TUNED, X, block, check_trained, plain, stack, trained
 
 import jpeft
 from jpeft.selective._spottune import straight_through
@@ -23,9 +24,9 @@ def test_one_choice_is_the_base_the_other_full_fine_tuning(key):
     run = lambda tuned, choice: jpeft.spottune(block, FROZEN, tuned, X, sure(choice), key=key)
     for choice, params in enumerate((FROZEN, TUNED)):
         np.testing.assert_array_equal(run(TUNED, choice), plain(params))
-    grads = [jax.grad(lambda t, n=n: loss(run(t, n)))(TUNED) for n in range(2)]
+    grads = [jax.grad(lambda t, n=n: waves(run(t, n)))(TUNED) for n in range(2)]
     assert not any(x.any() for x in jax.tree.leaves(grads[0]))
-    chex.assert_trees_all_close(grads[1], jax.grad(lambda t: loss(plain(t)))(TUNED), rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(grads[1], jax.grad(lambda t: waves(plain(t)))(TUNED), rtol=1e-5, atol=1e-7)
 
 
 def test_every_example_goes_its_own_way():
@@ -54,9 +55,9 @@ def test_a_choice_has_the_gradient_of_its_probability():
             y, other = block(FROZEN[n], x), block(TUNED[n], x)
             chosen = jnp.where(hard[:, None, None] == 1, other, y)
             x = chosen + (soft - jax.lax.stop_gradient(soft))[:, None, None] * (other - y)
-        return loss(x)
+        return waves(x)
 
-    run = lambda logits: loss(jpeft.spottune(block, FROZEN, TUNED, X, logits, temperature=temperature))
+    run = lambda logits: waves(jpeft.spottune(block, FROZEN, TUNED, X, logits, temperature=temperature))
     found, want = jax.grad(run)(LOGITS), jax.grad(by_hand)(LOGITS)
     assert np.abs(want).min() > 0
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-7)
@@ -95,8 +96,8 @@ def test_limits_of_the_temperature():
 @pytest.mark.parametrize("key", [None, jax.random.key(9)])
 def test_stacked_blocks(key):
     """Values and gradients, of the copy and the logits, are those of blocks one by one."""
-    one = lambda tuned, z: loss(jpeft.spottune(block, FROZEN, tuned, X, z, key=key))
-    all_ = lambda tuned, z: loss(jpeft.spottune(block, stack(FROZEN), tuned, X, z, key=key, scan=True))
+    one = lambda tuned, z: waves(jpeft.spottune(block, FROZEN, tuned, X, z, key=key))
+    all_ = lambda tuned, z: waves(jpeft.spottune(block, stack(FROZEN), tuned, X, z, key=key, scan=True))
     (y, (by_one, of_logits)) = jax.value_and_grad(one, (0, 1))(TUNED, LOGITS)
     (z, (stacked, of_stacked)) = jax.value_and_grad(all_, (0, 1))(stack(TUNED), LOGITS)
     chex.assert_trees_all_close((z, stacked, of_stacked), (y, stack(by_one), of_logits), rtol=1e-4, atol=1e-7)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tuning import train, trained_paths, waves
+from arrays import waves
+from tuning import train, trained_paths
 
 import jpeft
 from jpeft._targets import named_leaves

@@ -1,7 +1,6 @@
 """What trains, and training it."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import jpeft
@@ -11,10 +10,6 @@ from jpeft._targets import named_leaves
 def trained_paths(params):
     trainable, _ = jpeft.partition(params)
     return {name for name, x in named_leaves(trainable).items() if jax.tree.leaves(x)}
-
-
-def waves(y):
-    return jnp.mean((y - jnp.cos(jnp.arange(y.size)).reshape(y.shape)) ** 2)
 
 
 def train(loss, tree, steps=3):
