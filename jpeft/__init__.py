@@ -106,6 +106,7 @@ from .reparam._lora import lora as lora
 from .reparam._lora_ga import lora_ga as lora_ga
 from .reparam._lora_xs import LoRAXS as LoRAXS
 from .reparam._lora_xs import lora_xs as lora_xs
+from .reparam._low_rank import LowRank as LowRank
 from .reparam._miss import MiSS as MiSS
 from .reparam._miss import miss as miss
 from .reparam._moslora import MoSLoRA as MoSLoRA
@@ -138,6 +139,7 @@ from .selective._adafilter import adafilter as adafilter
 from .selective._blocks import Block as Block
 from .selective._blocks import blocks as blocks
 from .selective._delta import Delta as Delta
+from .selective._delta import Dense as Dense
 from .selective._delta import delta as delta
 from .selective._diff_pruning import DiffPruning as DiffPruning
 from .selective._diff_pruning import diff_pruning as diff_pruning

@@ -12,7 +12,7 @@ from ._lazy import Lazy, read
 from ._merge import beside, folded_in
 from ._node import Additive, Affine, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value
 from ._shared import SHARED, resolve, unshare
-from ._targets import Call, Option, Sites, Targets, kernels, name_of, named_leaves, options, select
+from ._targets import Call, Option, Sites, Targets, kernels, name_of, named_leaves, options, parameters, select
 
 
 Params = Any  # a pytree of arrays and nodes; nested dicts, for Flax
@@ -75,7 +75,7 @@ def wrap(
     sites: Sites | None = None,
     key: jax.Array | None = None,
     over_nodes: bool = True,
-    among: Callable = kernels,
+    entrywise: bool = False,
     **given: Option,
 ) -> Params:
     """Put the `Matrix` node that `new(key, w, **options)` returns in place of every targeted kernel.
@@ -88,12 +88,13 @@ def wrap(
     - `targets`, `sites`: which kernels, and what their axes mean. See the page on targets.
     - `key`: split for every target. `jax.random.key(0)` if left out.
     - `over_nodes`: whether the node can stand over another.
-    - `among`: what can be targeted: `kernels`, or `parameters` of any shape where a node acts on entries one by one.
+    - `entrywise`: whether the node acts on entries one by one: then it can stand for parameters of any shape, and by
+      default does for every one of floating point but the output head's.
     - `given`: options of `new`, each one value or a mapping from patterns to values.
 
     **Raises** `ValueError` for targets that match nothing or are ambiguous, or hold a node that cannot be nested.
     """
-    axes = among(params, targets, sites)
+    axes = (parameters if entrywise else kernels)(params, targets, sites)
     chosen = options(given, list(axes))
     keys = dict(zip(axes, jax.random.split(default(key), len(axes)), strict=True))
     shared = shared_arrays(params)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .._manifest import is_form
 from .._node import Additive, Leaf, Node, Reparam, rebox, value
-from .._shared import share
+from .._shared import Ref, share
 from .._tree import Params, place, put
 from ..selective._unfreeze import Free
 from . import _mlx, _reading, _writing
@@ -29,6 +29,7 @@ from .formats._format import Config, Format
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = ("float32", "float16", "bfloat16")
+INTEGERS = ("uint8", "int16", "int32")
 PICKLED = (
     " There is an adapter_model.bin: a pickle, which runs any code that is in it, and is never read here. Where you "
     "trust it, load it with PEFT and save it again: `model.save_pretrained(directory)`."
@@ -57,9 +58,9 @@ def load_adapter(name: str | Path, params: Params, *, model: nn.Module | None = 
     if config is None:
         raise FileNotFoundError(f"{directory} has no {CONFIG}: it is no directory of an adapter.")
     mlx = _mlx.is_mlx(config)
-    arrays, faults = _stored(directory, _mlx.WEIGHTS if mlx else WEIGHTS)
-    form, filled, more = _of_mlx(config) if mlx else _of_peft(directory, config)
-    if faults := faults + more:
+    form, filled, faults = _of_mlx(config) if mlx else _of_peft(directory, config)
+    arrays, more = _stored(directory, _mlx.WEIGHTS if mlx else WEIGHTS, form)
+    if faults := more + faults:
         raise _refusal(directory, faults)
     tree = Tree.of(params, model, [re.sub(r"^base_model\.(model\.)?", "", name) for name in arrays])
     arrays = _mlx.one_by_one(arrays, tree) if mlx else arrays
@@ -68,7 +69,7 @@ def load_adapter(name: str | Path, params: Params, *, model: nn.Module | None = 
     if found.faults:
         raise _refusal(directory, found.faults)
     try:
-        params = _placed(params, nodes, found, tree, form)
+        params = _placed(params, nodes, found, tree)
         if form.wide is None:
             return params
         return form.wide.put(params, tree, filled, {name: jnp.asarray(x) for name, x in found.wide.items()})
@@ -98,28 +99,26 @@ def _of_mlx(config: Config) -> tuple[Format, Config, list[str]]:
     return (_mlx.FULL if filled["kind"] == "full" else _mlx.MLX), filled, faults
 
 
-def _stored(directory: Path, name: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors of an adapter's file, and those that are no finite floating-point numbers that JAX has."""
+def _stored(directory: Path, name: str, form: Format) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors of an adapter's file, and those that are not of a dtype that the format has, or not finite."""
     path = file(directory, name)
     if path is None:
         raise FileNotFoundError(
             f"{directory} has no {name}." + (PICKLED if (directory / "adapter_model.bin").exists() else "")
         )
     found = tensors(path)
-    faults = [f"dtype: {n} is {x.dtype}, expected one of {', '.join(DTYPES)}" for n, x in found.items()
-              if str(x.dtype) not in DTYPES]  # fmt: skip
+    dtypes = {n: (*DTYPES, *(INTEGERS if n.endswith(form.integers) else ())) for n in found}
+    faults = [f"dtype: {n} is {x.dtype}, expected one of {', '.join(dtypes[n])}" for n, x in found.items()
+              if str(x.dtype) not in dtypes[n]]  # fmt: skip
     arrays = {} if faults else {n: x.read() for n, x in found.items()}
     faults += [f"not finite: {n}" for n, x in arrays.items() if not np.isfinite(x.astype(np.float32)).all()]
     return arrays, faults
 
 
-def _placed(params: Params, nodes: dict[str, list[Node]], found: _reading.Reading, tree: Tree, form: Format) -> Params:
+def _placed(params: Params, nodes: dict[str, list[Node]], found: _reading.Reading, tree: Tree) -> Params:
     """The tree with nodes and arrays in it."""
-    refs = {}
-    if found.shared:
-        params, names = share(params, **{name.lower(): jnp.asarray(x.T) for name, x in found.shared.items()})
-        refs = {field: names[name.lower()] for name, field in form.shared.items()}
-    ready = lambda node: jax.tree.map(jnp.asarray, node).replace(**refs)
+    params, refs = share(params, **jax.tree.map(jnp.asarray, found.shared)) if found.shared else (params, {})
+    ready = lambda node: _refilled(node, refs)
     new = {path: _reading.array(tree.leaves[path], group) for path, group in _reading.by_path(found.plain).items()}
     train = {m.path for m in found.declared}
     frozen = {path: x for path, x in new.items() if path not in train and not _is(tree.leaves[path], x)}
@@ -137,6 +136,12 @@ def _placed(params: Params, nodes: dict[str, list[Node]], found: _reading.Readin
             if isinstance(node, Additive):
                 params = place(params, {path.rpartition("/")[0]: ready(node)}, type(node).__name__.lower())
     return params
+
+
+def _refilled(node: Node, refs: dict[str, Ref]) -> Node:
+    """The node in JAX's arrays, with the names that shared ones have in the tree."""
+    is_ref = lambda x: isinstance(x, Ref)
+    return jax.tree.map(lambda x: refs[x.name] if is_ref(x) else jnp.asarray(x), node, is_leaf=is_ref)
 
 
 def _over(node: Any, old: Any) -> Node:

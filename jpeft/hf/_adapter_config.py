@@ -17,7 +17,7 @@ COMMON = frozenset({"peft_type", "peft_version", "target_modules", "exclude_modu
 REASONS = {
     "layer_replication": "the adapter is for a model that has some layers of its base several times. Make that model, "
     "and an adapter without the field",
-    "use_qalora": "QALoRA pools the inputs of A over groups, which no node here does",
+    "use_qalora": "QALoRA is of GPTQ bases in PEFT, which are not read here",
     "alora_invocation_tokens": "activated LoRA acts from a token of the text on, which no node here does",
     "kasa_config": "KaSA changes the base when the adapter is loaded",
     "velora_config": "VeLoRA changes what backward passes keep, which no node here does",

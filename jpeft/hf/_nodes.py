@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from .._node import Node, Role
-from .._shared import Ref
+from .._shared import Ref, refs
 from ._joints import JOINTS, Joint
 from ._modules import Module
 
@@ -44,7 +44,7 @@ def _with_axes(node: Any, axes: str) -> Any:
 
 
 def _static(node: Node) -> tuple:
-    return type(node), tuple(sorted((k, str(x)) for k, x in node.parts(Role.STATIC).items()))
+    return type(node), tuple(refs(node)), tuple(sorted((k, str(x)) for k, x in node.parts(Role.STATIC).items()))
 
 
 def _side_by_side(nodes: list[Any], parts: Sequence[Module]) -> Any:

@@ -92,6 +92,17 @@ class Tree:
         """All that the parameter of ours is made of that `m` is a part of."""
         return self.at[m.path] if m in self.at[m.path] else [x for x in self.former if x.path == m.path]
 
+    def declared(self, some: Iterable[Module]) -> list[Module]:
+        """Modules in the order in which transformers' model has them: layer by layer, and in each as in the rows."""
+        ranks: dict[str, int] = {}
+        keys = {}
+        for m in (*self.today, *self.former):
+            starts = [m.parameter[: match.start()] for match in re.finditer(r"\.", m.parameter)]
+            numbers = [re.search(r"\d+$", start) for start in starts]
+            keys[m] = [int(n[0]) if n else ranks.setdefault(re.sub(r"\d+", "", start), len(ranks))
+                       for start, n in zip(starts, numbers, strict=True)]  # fmt: skip
+        return sorted(some, key=lambda m: keys[m])
+
     def is_tied(self, m: Module) -> bool:
         """Whether the model uses the table elsewhere, too, under another name."""
         return m.parameter in self.tied.values()

@@ -3,11 +3,13 @@
 import collections
 import dataclasses
 
+import jax
 import numpy as np
 
 from .._manifest import is_form
 from .._merge import beside
 from .._node import Leaf, Node, Reparam, value
+from .._shared import Ref
 from .._tree import Params, modules, shared_arrays
 from ..selective._tokens import Tokens
 from ..selective._unfreeze import Free
@@ -37,7 +39,7 @@ class Writing:
     - `tensors`: by their names in the file, and in `shared` those of the whole adapter.
     - `config`: what the adapter says of itself.
     - `fields`: what each format's modules say, by name.
-    - `adapted`: the modules that the adapter is put on.
+    - `adapted`: the modules that the adapter is put on; `nodes` are those there, in NumPy, with the arrays they share.
     - `faults`: everything that PEFT does not have.
     """
 
@@ -47,6 +49,7 @@ class Writing:
     config: Config = dataclasses.field(default_factory=dict)
     fields: dict[str, dict[str, Config]] = dataclasses.field(default_factory=lambda: collections.defaultdict(dict))
     adapted: list[Module] = dataclasses.field(default_factory=list)
+    nodes: dict[Module, Node] = dataclasses.field(default_factory=dict)
     faults: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -59,15 +62,16 @@ def write(params: Params, tree: Tree, task_type: str | None = None) -> Writing:
         return out
     if wide:
         _write_wide(form, params, wide, out)
+    arrays = {name: np.asarray(x) for name, x in shared_arrays(params).items()}
     for path, own in nodes.items():
         inner = isinstance(own[0], Tokens) and form is not TOKENS
-        _write_nodes(TOKENS_WITHIN if inner else form, path, own, out)
+        _write_nodes(TOKENS_WITHIN if inner else form, path, own, arrays, out)
     _write_config(form, out)
     tensors, config, faults = parameters(form, free, out.adapted, tree)
     out.tensors |= tensors
     out.config |= config
     out.faults += faults
-    _write_shared(form, params, nodes, out)
+    _write_shared(form, out)
     prefix = "base_model." if wide else "base_model.model."
     out.tensors = {prefix + name: x for name, x in out.tensors.items()} | out.shared
     out.config["task_type"] = task_type or out.config.get("task_type")
@@ -122,11 +126,13 @@ def _format(kinds: set[type[Node]], free: bool, faults: list[str]) -> Format:
     return next(iter(forms.values()), NORMS)
 
 
-def _write_nodes(form: Format, path: str, own: list[Node], out: Writing) -> None:
-    """What all modules that a parameter is made of say."""
+def _write_nodes(form: Format, path: str, own: list[Node], arrays: dict[str, np.ndarray], out: Writing) -> None:
+    """What all modules that a parameter is made of say; `arrays` are those that nodes share."""
+    is_ref = lambda x: isinstance(x, Ref)
+    filled = lambda part: jax.tree.map(lambda x: arrays[x.name] if is_ref(x) else x, part, is_leaf=is_ref)
     for m in out.tree.at[path]:
         try:
-            parts = [part for node in own if (part := part_of(node, m)) is not None]
+            parts = [filled(part) for node in own if (part := part_of(node, m)) is not None]
             if not parts or not any(isinstance(part, form.nodes) for part in parts):
                 continue
             if len(parts) > 2 or not all(isinstance(part, form.beside) for part in parts[1:]):
@@ -142,6 +148,7 @@ def _write_nodes(form: Format, path: str, own: list[Node], out: Writing) -> None
         if form is TOKENS_WITHIN:
             continue
         out.adapted.append(m)
+        out.nodes[m] = parts[0]
         if m.name.rpartition(".")[2] in EMBEDDINGS and form is not TOKENS:
             base = own[0].original if isinstance(own[0], Leaf) else out.tree.leaves[path]
             out.tensors[f"{m.name}.base_layer.weight"] = m.take(np.asarray(value(base)))
@@ -156,7 +163,9 @@ def _write_config(form: Format, out: Writing) -> None:
         if own is None or not own.ends or not out.fields[own.ends[0]]:
             continue
         try:
-            said, faults = merged(own.settle(out.fields[own.ends[0]]), own.patterns)
+            fields = out.fields[own.ends[0]]
+            ordered = {m.name: fields[m.name] for m in out.tree.declared(out.tree.today) if m.name in fields}
+            said, faults = merged(own.settle(ordered), own.patterns)
         except ValueError as error:
             said, faults = {}, [str(error)]
         out.config |= said
@@ -179,10 +188,22 @@ def _write_config(form: Format, out: Writing) -> None:
         out.config["fan_in_fan_out"] = True
 
 
-def _write_shared(form: Format, params: Params, nodes: dict[str, list[Node]], out: Writing) -> None:
-    """Arrays of all nodes; their names in the file have a shorter prefix."""
-    for name, field in form.shared.items():
-        refs = {getattr(own[0], field) for own in nodes.values()}
-        if len(refs) > 1:
-            out.faults.append(f"{field}: PEFT has one {name} for all modules, and here there are {len(refs)}")
-        out.shared[f"base_model.{name}"] = np.asarray(shared_arrays(params)[refs.pop().name]).T
+def _write_shared(form: Format, out: Writing) -> None:
+    """Arrays of several nodes; their names in the file have a shorter prefix."""
+    if form.shared is None or out.faults:
+        return
+    for of in form.shared(out.config, out.tree.declared(out.nodes)):
+        arrays = [getattr(out.nodes[m], of.field) for m in of.modules]
+        x = _fitted(of.outward(arrays[0]), of.shape)
+        before = out.shared.setdefault(f"base_model.{of.name}", x)
+        if any(array is not arrays[0] for array in arrays) or not np.array_equal(x, before):
+            out.faults.append(f"{of.field}: PEFT has one {of.name} for all modules, and here they have others")
+        out.tensors |= {f"{m.name}.{of.name}": x for m in of.modules if of.repeated}
+
+
+def _fitted(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Of another shape: no module uses what is left out, or the zeros that are added."""
+    room = np.zeros(shape, x.dtype)
+    common = tuple(slice(min(sizes)) for sizes in zip(x.shape, shape, strict=True))
+    room[common] = x[common]
+    return room

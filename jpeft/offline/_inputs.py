@@ -86,7 +86,7 @@ def capture_inputs(
       differentiably, on every targeted kernel.
     - `batches`: pytrees whose first axis is examples, of any number and size.
     - `mask`: from a batch, which positions count, such as `lambda batch: batch["mask"]`: boolean or numbers, in the
-      shape of the inputs but for their last axis. By default all of them.
+      shape of the inputs but for their last axis, or flat. By default all of them.
     - `sketch`: keep $X^T X \Omega$ `(in, sketch)` with random signs $\Omega$ instead of $X^T X$ `(in, in)`. What is
       then found is exact where $X$ has no higher rank, and else better the faster its singular values fall off. Take
       some times as many as there are directions to be found.

@@ -54,5 +54,10 @@ def check(rank: int, dropout: float = 0.0) -> None:
 
 
 def scale_of(alpha: float | None, rank: int, rslora: bool = False) -> float:
-    """`alpha / rank`, or `alpha / sqrt(rank)` with `rslora`; 1 where there is no `alpha`."""
+    """`alpha / rank`, or `alpha / sqrt(rank)` with `rslora`; 1 where there is no `alpha`.
+
+    **Raises** `ValueError` for an `alpha` of zero, with which nothing would train, or below.
+    """
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"`alpha` is {alpha}: it must be above 0. Left out, terms are not scaled.")
     return 1.0 if alpha is None else alpha / (rank**0.5 if rslora else rank)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._node import Branch, Frozen, Static, Trainable
+from .._operands import Operand
 from .._shared import share
 from .._shim import row_major
 from .._targets import Sites, Targets, one_of
@@ -34,7 +35,8 @@ class FourierFT(Branch):
         return w + self.change().astype(w.dtype)
 
     def branch(self, x, key):
-        return x @ self.change().astype(x.dtype)
+        times = lambda x: x @ self.change().astype(x.dtype)
+        return times(x) if isinstance(x, Operand) else jax.checkpoint(times)(x)  # or the change would be kept
 
     def change(self) -> jax.Array:
         r"""$\alpha\,\mathrm{Re}\,F^{-1}(S)$ `(in, out)`."""
@@ -61,7 +63,7 @@ def fourierft(
     - `frequencies`: how many entries of the spectrum train; one number, for kernels share their places.
     - `scale`: $\alpha$.
     - `init`: the start of $c$. `"normal"`, the method's own, is $N(0, 1)$: **the model is another one from the start**,
-      by entries of about $\alpha \sqrt{n} / (in \cdot out)$ for $n$ frequencies. `"zeros"` leaves it as it was.
+      by entries of about $\alpha \sqrt{n / 2} / (in \cdot out)$ for $n$ frequencies. `"zeros"` leaves it as it was.
     - `targets`, `sites`: which kernels. By default every one but the output head.
     - `key`: for the places and for $c$; `jax.random.key(0)` if left out.
 

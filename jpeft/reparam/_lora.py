@@ -66,8 +66,8 @@ def lora(
     - `targets`, `sites`: which kernels. By default every one but the output head.
     - `key`: for $A$; `jax.random.key(0)` if left out.
 
-    **Raises** `ValueError` for a rank below one, a dropout outside `[0, 1)`, an unknown `init`, one whose $A = 0$ is to
-    be frozen, and for targets as `wrap` does.
+    **Raises** `ValueError` for a rank below one, an `alpha` that is not above zero, a dropout outside `[0, 1)`, an
+    unknown `init`, one whose $A = 0$ is to be frozen, and for targets as `wrap` does.
     """
     node = LoRAFA if freeze_a else LoRA
 

@@ -77,4 +77,4 @@ def said(
         seed, factor = jax.random.bits(key, (2,), jnp.uint32), jnp.ones(()) if structure_aware else None
         return SAID(v=refs["said_v"], factor=factor, seed=seed, shape=w.shape, projection=projection)
 
-    return wrap(params, new, targets=targets, sites=sites, key=key, among=parameters)
+    return wrap(params, new, targets=targets, sites=sites, key=key, entrywise=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from .._node import Frozen, Reparam, Static, Trainable
 from .._operands import fold_in
-from .._targets import Option, Sites, Targets, parameters
+from .._targets import Option, Sites, Targets
 from .._tree import Params, transform, wrap
 
 
@@ -76,4 +76,4 @@ def delta(
             raise ValueError(f"A rate of mixout is in [0, 1), not {mixout}.")
         return Delta(values=jnp.zeros(w.shape), mixout=mixout)
 
-    return wrap(params, new, targets=targets, sites=sites, key=key, among=parameters, mixout=mixout)
+    return wrap(params, new, targets=targets, sites=sites, key=key, entrywise=True, mixout=mixout)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._node import Frozen, Static, Trainable
 from .._operands import fold_in
-from .._targets import Option, Sites, Targets, parameters
+from .._targets import Option, Sites, Targets
 from .._tree import Params, nodes_of, transform, wrap
 from ._delta import Dense
 
@@ -106,4 +106,4 @@ def diff_pruning(
             bounds=(float(low), float(high)),
         )
 
-    return wrap(params, new, targets=targets, sites=sites, key=key, among=parameters, start=start)
+    return wrap(params, new, targets=targets, sites=sites, key=key, entrywise=True, start=start)

@@ -57,6 +57,11 @@ def adapter(name):
     return {n: x for n, x in arrays.items() if n != "logits" and not n.startswith("after/")}
 
 
+def after(name):
+    """The tensors after ten steps: of those that have not changed a fixture has one copy."""
+    return adapter(name) | parts(stored(name)[0], "after/")
+
+
 def config(name):
     return json.loads(stored(name)[1]["adapter_config"])
 

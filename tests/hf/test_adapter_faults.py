@@ -116,6 +116,25 @@ FIELDS = [
     ("llama-lora", {"layers_to_transform": [1]}, "unexpected: the tensors at model.layers.0.self_attn.v_proj"),
     ("llama-adalora", {"init_r": 10**13}, "expected (10000000000000, 16)"),
     ("llama-vera", {"save_projection": False}, "only torch's random generator"),
+    ("llama-randlora", {"save_projection": False}, "only torch's random generator"),
+    ("llama-tinylora", {"save_projection": False}, "only torch's random generator"),
+    ("llama-randlora", {"r": 4}, "shape: base_model.randlora_A is (6, 1, 16), expected (4, 1, 16)"),
+    ("llama-vera", {"r": 4}, "shape: base_model.vera_B is (16, 3), expected (16, 4)"),
+    ("llama-vblora", {"num_vectors": 6}, "shape: base_model.vblora_vector_bank is (5, 8), expected (6, 8)"),
+    ("llama-vblora-chosen", {"num_vectors": 4}, "not mixed of the 4 vectors"),
+    ("llama-vblora", {"topk": 6}, "topk = 6: there are 5 vectors"),
+    ("llama-vblora", {"vector_length": 7}, "vectors of 7 numbers do not divide"),
+    ("llama-tinylora", {"weight_tying": 0.5}, "unexpected: base_model.tinylora_v.7"),
+    ("llama-tinylora", {"weight_tying": 1.5}, "from 0 to 1"),
+    ("llama-c3a", {"block_size": 0}, "block_size = 0: it must be positive"),
+    ("llama-c3a", {"block_size_pattern": {"v_proj": -8}}, "block_size_pattern['v_proj'] = -8: it must be positive"),
+    ("llama-c3a", {"block_size_pattern": {"v_proj": 16}}, "expected (0, 1, 16)"),
+    ("llama-road", {"variant": "road_3"}, "one of road_1, road_2, road_4"),
+    ("llama-road", {"group_size": 7}, "group_size = 7: it must be even"),
+    ("llama-road", {"group_size": 6}, "groups of 6 do not divide 16 outputs"),
+    ("llama-gralora", {"gralora_k": 0}, "gralora_k = 0: it must be positive"),
+    ("llama-gralora", {"hybrid_r": -1}, "must not be negative"),
+    ("llama-fourierft", {"n_frequency": 0}, "n_frequency = 0: it must be positive"),
     ("llama-boft", {"boft_n_butterfly_factor": 2}, "CUDA extension"),
     ("llama-miss", {"init_weights": "bat"}, "a variant that is not understood"),
     ("llama-adalora", {"rank_pattern": {"a": [True]}}, "must be 3 truth values"),
@@ -131,6 +150,18 @@ FIELDS = [
 @pytest.mark.parametrize(("case", "fields", "words"), FIELDS)
 def test_fields_that_cannot_be_reproduced(case, fields, words, refused):
     assert words in refused(case, **fields)
+
+
+def test_entries_must_be_those_of_the_kernel(refused):
+    tensors = adapters.adapter("llama-shira")
+    tensors[f"{AT}v_proj.shira_indices"] = tensors[f"{AT}v_proj.shira_indices"] + np.int32([[8], [0]])
+    assert "its entries are not all of a matrix of 8 outputs and 16 inputs" in refused("llama-shira", tensors)
+
+
+def test_what_a_file_repeats_must_be_the_same(refused):
+    tensors = adapters.adapter("llama-randlora")
+    tensors[f"{AT}v_proj.randlora_A"] = tensors[f"{AT}v_proj.randlora_A"] + 1
+    assert f"{AT}v_proj.randlora_A is another than base_model.randlora_A" in refused("llama-randlora", tensors)
 
 
 def test_all_fields_are_named(refused):
@@ -204,6 +235,13 @@ def test_another_models_adapter(llama, tmp_path):
         hf.load_adapter(adapters.write_adapter(tmp_path, "gpt2-lora"), params, model=model)
 
 
+def sparse(params, count):
+    """The tree with so many entries of one kernel to train."""
+    path = "layers_0", "attention", "query", "kernel"
+    mask = {path[0]: {path[1]: {path[2]: {path[3]: np.arange(256).reshape(16, 16) < count}}}}
+    return jpeft.sparse(params, mask=mask)
+
+
 def test_what_peft_does_not_have(llama, tmp_path):
     model, params = llama
     query, out = ".*query/kernel", tmp_path / "out"
@@ -217,6 +255,13 @@ def test_what_peft_does_not_have(llama, tmp_path):
         "Bottleneck is nothing that PEFT has": jpeft.bottleneck(lora, width=2),
         "nothing trains": params,
         "no adapter is there": jpeft.unfreeze(params, targets="layers_0/mlp/up/kernel"),
+        "31 entries train: PEFT has a multiple of 32": sparse(params, 31),
+        "SHiRA for linear maps alone": jpeft.sparse(params, mask={"norm": {"scale": np.ones(16, bool)}}),
+        "none below 10000 makes these": jpeft.fourierft(params, frequencies=6, targets=query),
+        "wide: PEFT has one randlora_B": jpeft.randlora(params, rank=6, targets=".*(query|value)/kernel"),
+        "share vectors otherwise": jpeft.tinylora(
+            params, length=2, group={query: "all", ".*": None}, targets=".*(query|value)/kernel"
+        ),
         "2 factors": jpeft.boft(params, block=4, factors=2, targets=".*query/kernel"),
     }
     for words, tree in cases.items():

@@ -33,7 +33,8 @@ def out(directory, model, params):
 
 STACKED = [
     "lora", "lora-many", "lora-lora-bias", "lora-modules", "lora-embedding", "dora", "adalora", "ia3", "vera", "loha",
-    "lokr", "oft", "boft", "hra", "miss", "hira", "beft", "norms", "prefix", "prompt",
+    "lokr", "oft", "boft", "hra", "miss", "hira", "beft", "norms", "prefix", "prompt", "shira", "fourierft", "c3a",
+    "road", "randlora", "delora", "gralora-hybrid", "vblora", "vblora-chosen", "tinylora",
 ]  # fmt: skip
 
 

@@ -49,6 +49,34 @@ def moved(params):
     return jpeft.combine(jax.tree.map(lambda x: 1.1 * x + 0.01, trainable), frozen)
 
 
+PLACES = ".*(query|value)/kernel"
+SIDES = ".*(query|down|up)/kernel"  # square, and narrower on either side
+BANK = {"rank": 2, "vectors": 5, "length": 8, "targets": PLACES}
+MADE = {
+    "shira": jpeft.shira(rank=1, targets=PLACES),
+    "c3a": jpeft.c3a(targets=PLACES),
+    "road": jpeft.road(targets=".*(query|value)", variant=2, group=8),
+    "randlora": jpeft.randlora(rank=6, alpha=3, targets=SIDES),
+    "delora": jpeft.delora(rank=2, targets=PLACES),
+    "gralora": jpeft.gralora(rank=4, hybrid=1, targets=PLACES),
+    "vblora": jpeft.vblora(**BANK),
+    "vblora_choices": lambda params: jpeft.vblora_choices(jpeft.vblora(params, **{**BANK, "vectors": 300})),
+    "tinylora": jpeft.tinylora(length=3, targets=SIDES),
+    "tinylora_shared": jpeft.tinylora(length=3, group="all", targets=SIDES),
+    "vera": jpeft.vera(rank=3, targets=SIDES),
+}
+
+
+@pytest.mark.parametrize("method", MADE)
+def test_peft_reads_what_is_made_here(method, bases, torch_models, tmp_path):
+    model, params = bases["llama"]
+    tuned, given = moved(MADE[method](params)), adapters.inputs("llama")
+    hf.save_adapter(tmp_path / "out", tuned, model=model, task_type="CAUSAL_LM")
+    found = logits_of_peft(torch_models("llama"), tmp_path / "out", given)
+    assert np.abs(found - adapters.stored("llama")[0]["logits"]).max() > 1e-3
+    np.testing.assert_allclose(adapters.logits(model, tuned, given), found, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", adapters.READ)
 def test_peft_reads_what_we_write(case, bases, torch_models, tmp_path):
     name, given = case.partition("-")[0], adapters.inputs(case)

@@ -72,6 +72,19 @@ CONFIGS = {
     "llama-prefix": {"num_virtual_tokens": 3, "token_dim": 8, "num_attention_heads": 2, "num_layers": 2},
     "t5-prompt": {"task_type": "SEQ_2_SEQ_LM"},
     "llama-mpt": {"num_tasks": 2, "num_ranks": 1},
+    "llama-shira": {"r": 1},
+    "llama-fourierft": {"n_frequency": 6, "scaling": 20, "random_loc_seed": 777},
+    "bert-fourierft": {"random_loc_seed": 2024},
+    "llama-c3a": {"block_size": 4, "block_size_pattern": {"v_proj": 8}},
+    "llama-road-two": {"variant": "road_2", "group_size": 4},
+    "llama-road-four": {"variant": "road_4", "group_size": 8},
+    "llama-randlora": {"r": 6, "randlora_alpha": 3, "save_projection": True},
+    "llama-delora": {"r": 2, "rank_pattern": {"v_proj": 3}},
+    "llama-gralora-hybrid": {"r": 4, "alpha": 6, "hybrid_r": 2, "gralora_k": 2},
+    "llama-vblora": {"r": 2, "topk": 2, "num_vectors": 5, "vector_length": 8, "save_only_topk_weights": False},
+    "llama-vblora-chosen": {"topk": 2, "num_vectors": 5, "save_only_topk_weights": True},
+    "llama-tinylora": {"r": 1, "u": 2, "weight_tying": 0.0, "save_projection": True},
+    "llama-tinylora-tied": {"r": 2, "u": 3, "target_modules": ["embed_tokens", "q_proj", "v_proj"]},
 }
 
 

@@ -64,3 +64,9 @@ def test_refuses():
         jpeft.fourierft(params)
     with pytest.raises(ValueError, match="'gaussian': one of normal, zeros"):
         jpeft.fourierft(params, init="gaussian")
+
+
+def test_the_change_is_not_kept_for_the_backward_pass():
+    trainable, frozen = jpeft.partition(jpeft.fourierft({"w": jnp.ones((64, 64))}, frequencies=20, targets="w"))
+    run = lambda trainable: jpeft.apply(lambda p, x: x @ p["w"], jpeft.combine(trainable, frozen), jnp.ones((2, 64)))
+    assert sum(x.size for x in jax.tree.leaves(jax.vjp(run, trainable)[1])) < 1000

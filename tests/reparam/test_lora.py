@@ -146,6 +146,7 @@ def test_dropout_is_of_the_branch_alone():
     ("options", "message"),
     [
         ({"rank": 0}, "rank of at least 1"),
+        ({"alpha": 0}, "`alpha` is 0: it must be above 0"),
         ({"rank": {"second/.*": 0, ".*": 2}}, "rank of at least 1"),
         ({"dropout": 1.0}, "dropout in"),
         ({"dropout": -0.1}, "dropout in"),

@@ -92,3 +92,13 @@ def test_sparse(sparsity):
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         tuned(**options)
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """The random arrays and what trains, but not the factors that they make: those are as large as the kernel each."""
+    params = jpeft.randlora({"w": normal(0, 64, 64)}, rank=4, targets="w")
+    trainable, frozen = jpeft.partition(params)
+    fn = lambda params: normal(1, 2, 64) @ params["w"]
+    run = lambda trainable: jpeft.apply(fn, jpeft.combine(trainable, frozen))
+    kept = jax.tree.leaves(jax.vjp(run, trainable)[1])
+    assert sum(x.size for x in kept) < 1.5 * sum(x.size for x in params["jpeft_shared"].values()) < 2 * 64 * 64

@@ -6,7 +6,11 @@ from ...additive._room import Room
 from ._adalora import ADALORA
 from ._beft import BEFT_
 from ._boft import BOFT_
+from ._c3a import C3A_
+from ._delora import DELORA
 from ._format import Format
+from ._fourierft import FOURIERFT
+from ._gralora import GRALORA
 from ._hira import HIRA
 from ._hra import HRA_
 from ._ia3 import IA3_
@@ -19,13 +23,18 @@ from ._norms import NORMS
 from ._oft import OFT_
 from ._prefix import PREFIX
 from ._prompt import P_TUNING, PROMPT
+from ._randlora import RANDLORA
+from ._road import ROAD
+from ._shira import SHIRA
+from ._tinylora import TINYLORA
 from ._tokens import TOKENS, TOKENS_WITHIN
+from ._vblora import VBLORA
 from ._vera import VERA
 
 
 _ALL = (
-    LORA, ADALORA, IA3_, VERA, LOHA, LOKR, OFT_, BOFT_, HRA_, MISS, HIRA, BEFT_, NORMS, TOKENS,
-    PROMPT, P_TUNING, PREFIX, MULTITASK,
+    LORA, ADALORA, IA3_, VERA, LOHA, LOKR, OFT_, BOFT_, HRA_, MISS, HIRA, BEFT_, C3A_, ROAD,
+    RANDLORA, DELORA, GRALORA, TINYLORA, VBLORA, FOURIERFT, SHIRA, NORMS, TOKENS, PROMPT, P_TUNING, PREFIX, MULTITASK,
 )  # fmt: skip
 
 # By the name of their type.

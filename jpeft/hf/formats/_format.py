@@ -34,6 +34,33 @@ class Wide:
     take: Callable[[Params, Any, dict[str, Any]], tuple[Tensors, Config]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """A tensor of the whole adapter, as the array that nodes of several modules refer to.
+
+    **Fields:**
+
+    - `name`: of the tensor. There may be several of one, whose arrays differ.
+    - `field`: of the nodes.
+    - `modules`: whose nodes these are.
+    - `shape`: of the tensor, as PEFT makes it.
+    - `inward`, `outward`: the tensor as our array, and back.
+    - `trains`: whether the array does.
+    - `repeated`: whether PEFT writes it at every module, too.
+    - `lone`: whether the node of a single module has the array as its own.
+    """
+
+    name: str
+    field: str
+    modules: list[Module]
+    shape: tuple[int, ...]
+    inward: Callable[[np.ndarray], np.ndarray] = lambda x: x
+    outward: Callable[[np.ndarray], np.ndarray] = lambda x: x
+    trains: bool = False
+    repeated: bool = False
+    lone: bool = False
+
+
 def _none(*_: Any) -> Any:
     raise AssertionError("this format has nothing at modules")
 
@@ -50,18 +77,20 @@ class Format:
       look at those that are there, where PEFT does so, too.
     - `read`: `(module, config, tensors) ->` the nodes at a module, in NumPy, those of one matrix and without base.
     - `write`: `(module, nodes) ->` tensors, and the fields of the config that tell of them. **Raises** `ValueError`
-      for what the format does not have.
+      for what the format does not have. Arrays that nodes share are in them, the same object in all.
     - `ends`: of all names of tensors that there may be.
     - `beside`: the classes of nodes of which one may be at a module, too.
     - `unused`: those that change nothing once the adapter is made.
     - `patterns`: fields -> those which say otherwise for some modules.
     - `listed`: what `write` says of a module, true or false -> the field that has the modules where it is true.
-    - `shared`: tensors of the whole adapter -> the fields of the nodes that refer to them, transposed.
+    - `shared`: `(config, modules) ->` the tensors of the whole adapter. The modules are in the order of their model.
+    - `integers`: the ends of tensors that hold whole numbers.
     - `bias`: what its config's `bias` says where the biases of its modules train; `""` where it has none.
     - `wide`: what it has that is at no module.
     - `on`: to which parameters of ours it is put.
     - `check`: `config ->` faults that the fields' types do not tell.
-    - `settle`: the last word on the fields of all modules, by name, before they become a config.
+    - `settle`: the last word on the fields of all modules, by name and in the order of their model, before they become
+      a config.
     """
 
     peft_type: str
@@ -75,7 +104,8 @@ class Format:
     unused: frozenset[str] = frozenset()
     patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     listed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shared: Callable[[Config, list[Module]], list[Shared]] | None = None
+    integers: tuple[str, ...] = ()
     bias: str = ""
     wide: Wide | None = None
     on: Callable[[Module], bool] = lambda m: m.is_weight
@@ -116,13 +146,21 @@ def plain(x: float) -> int | float:
 
 def linear(m: Module, what: str, *, conv1d: bool = False) -> None:
     """**Raises** `ValueError` for a kernel that PEFT does not put `what` on; `conv1d`: GPT-2's `Conv1D` it does."""
-    if m.window or m.experts or m.is_table or (m.transposed and not conv1d):
+    if not m.is_weight or m.window or m.experts or m.is_table or (m.transposed and not conv1d):
         raise ValueError(f"PEFT has {what} for linear maps alone")
 
 
-def positive(config: Config, *names: str) -> list[str]:
-    """The faults of fields that must be above 0; of `r` those of its patterns, too."""
+def positive(config: Config, *names: str, patterns: str = "") -> list[str]:
+    """The faults of fields that must be above 0, and of the numbers of patterns: of `r` those of `rank_pattern`."""
     given = {name: config[name] for name in names}
-    if "r" in names:
-        given |= {f"rank_pattern[{pattern!r}]": r for pattern, r in config.get("rank_pattern", {}).items()}
+    patterns = "rank_pattern" if "r" in names else patterns
+    given |= {f"{patterns}[{pattern!r}]": x for pattern, x in config.get(patterns, {}).items()}
     return [f"{name} = {x!r}: it must be positive" for name, x in given.items() if x < 1]
+
+
+def projected(config: Config) -> list[str]:
+    """The fault of an adapter whose random arrays are not in the file."""
+    return [] if config["save_projection"] else [
+        "save_projection = False: the projections are not in the file, and only torch's random generator can make "
+        "them again. Load the adapter with PEFT, set `save_projection=True` in its config, and save it"
+    ]  # fmt: skip

@@ -1,8 +1,10 @@
 """VeRA. Its projections must be in the file: without them only torch's random generator knows them."""
 
+import numpy as np
+
 from ...reparam._vera import VeRA
 from .._modules import Module
-from ._format import Config, Format, Shapes, Tensors, linear, positive
+from ._format import Config, Format, Shapes, Shared, Tensors, linear, positive, projected
 
 
 B, D = "vera_lambda_b", "vera_lambda_d"
@@ -25,14 +27,11 @@ def write(m: Module, nodes: list) -> tuple[Tensors, Config]:
     return {B: node.b, D: node.d}, fields
 
 
-def check(config: Config) -> list[str]:
-    faults = positive(config, "r")
-    if not config["save_projection"]:
-        faults.append(
-            "save_projection = False: the projections are not in the file, and only torch's random generator can make "
-            "them again. Load the adapter with PEFT, set `save_projection=True` in its config, and save it"
-        )
-    return faults
+def shared(config: Config, modules: list[Module]) -> list[Shared]:
+    a = config["r"], max(m.inputs for m in modules)
+    b = max(m.outputs for m in modules), config["r"]
+    new = lambda name, field, shape: Shared(name, field, modules, shape, np.transpose, np.transpose)
+    return [new("vera_A", "project_a", a), new("vera_B", "project_b", b)]
 
 
 VERA = Format(
@@ -45,6 +44,6 @@ VERA = Format(
     ends=(B, D),
     fields={"r": 256, "save_projection": True, "vera_dropout": 0.0},
     unused=frozenset({"projection_prng_key", "d_initial", "init_weights"}),
-    shared={"vera_A": "project_a", "vera_B": "project_b"},
-    check=check,
+    shared=shared,
+    check=lambda config: positive(config, "r") + projected(config),
 )
