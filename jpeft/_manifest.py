@@ -1,11 +1,12 @@
 """Trees of nodes as JSON: their structure, and for every array where it is to be found again.
 
-    {"node": "jpeft.reparam._lora:LoRA", "fields": {"base": {"base": {...}}, "a": {"array": "dense/kernel/a"}, ...}}
+    {"node": "jpeft:LoRA", "fields": {"base": {"base": {...}}, "a": {"array": "dense/kernel/a"}, ...}}
 
 An array is either `{"array": path}`, kept beside the JSON, or `{"base": {"shape", "dtype", "sum"}}`: one that a base
 tree has, known by its checksum.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,7 +119,11 @@ def build(x: Json, arrays: Mapping[str, jax.Array]) -> Any:
 
 
 def class_name(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
+    """`module:Name`, of the outermost package that has the class: within it the class may move."""
+    parts = cls.__module__.split(".")
+    packages = (".".join(parts[:n]) for n in range(1, len(parts)))
+    has = lambda package: getattr(sys.modules.get(package), cls.__qualname__, None) is cls
+    return f"{next(filter(has, packages), cls.__module__)}:{cls.__qualname__}"
 
 
 def classes(cls: type[Node] = Node) -> dict[str, type[Node]]:

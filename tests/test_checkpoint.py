@@ -421,7 +421,7 @@ def test_edited_manifest(tmp_path):
 @pytest.mark.parametrize("name", ["this:C", "somebody.peft:Fancy", "builtins:eval", "jpeft._node:Node", "os:system"])
 def test_no_class_is_taken_from_a_file(tmp_path, name):
     save(tmp_path, adapted())
-    reseal(tmp_path, lambda text: text.replace("jpeft.reparam._lora:LoRA", name))
+    reseal(tmp_path, lambda text: text.replace("jpeft:LoRA", name))
     with pytest.raises(CheckpointError, match=rf"not known here: {name}. (.|\n)*import {name.partition(':')[0]}\."):
         restore(tmp_path, base())
     assert "this" not in sys.modules
@@ -488,3 +488,10 @@ def test_checksums_and_checkpoints_are_of_no_sharding(tmp_path):
     x = jnp.arange(64 * 64.0).reshape(64, 64)
     assert printed == [checksum(x)] * 6
     assert_same(restore(tmp_path, {"w": x}), {"w": jpeft.LoRA(base=x, a=x[:2].T, b=x[2:4], scale=1.0)})
+
+
+def test_classes_may_move(tmp_path):
+    """A file names the package that has a class, and not the module within it."""
+    save(tmp_path, trained(base(), jpeft.chain(jpeft.lora(targets=".*kernel"), jpeft.unfreeze(targets=".*bias"))))
+    written = (tmp_path / "manifest.json").read_text()
+    assert '"jpeft:LoRA"' in written and '"jpeft:Free"' in written and "jpeft." not in written
