@@ -36,7 +36,12 @@ class Shared:
 
 
 def share(params: Mapping[str, Any], **arrays: Any) -> tuple[dict[str, Any], dict[str, Ref]]:
-    """The tree with `arrays` shared, and a `Ref` to each, under a name of its own where one is taken."""
+    """The tree with `arrays` shared, and a `Ref` to each, under a name of its own where one is taken.
+
+    **Raises** `ValueError` for a tree that is no dictionary.
+    """
+    if not isinstance(params, Mapping):
+        raise ValueError(f"Arrays are shared at {SHARED!r} of a dictionary: {type(params).__name__} has no such place.")
     held = params.get(SHARED, {})
     free = lambda name: next(n for n in (name, *(f"{name}_{k}" for k in range(1, len(held) + 1))) if n not in held)
     names = {name: free(name) for name in arrays}

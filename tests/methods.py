@@ -246,7 +246,7 @@ METHODS = [
     ),
     Method(
         "fourierft",
-        lambda p, s, key: jpeft.fourierft(p, frequencies=20, sites=s, key=key),
+        lambda p, s, key: jpeft.fourierft(p, frequencies=20, scale=50.0, sites=s, key=key),
         lambda params, sites: sum(s * 20 for s, i, o in _kernels(sites)),
         exceptions={"unboxes": NOT_IN_ONE, "identity": "its frequencies start at random"},
     ),

@@ -1,6 +1,7 @@
 """LoftQ: a quantized base, with a LoRA that starts from what was rounded away."""
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 
@@ -44,14 +45,17 @@ def quantize_with_adapter(
       to the kernels for $s = 1$ alone.
     - `key`: for `quantize`.
 
-    **Raises** `ValueError` for fewer than one step, a rank below one or above a kernel's, a dropout outside `[0, 1)`, a
-    kernel that is a node already, and for targets as `wrap` does.
+    **Raises** `ValueError` for fewer than one step, a `quantize` of several transforms or with targets, a rank below 1
+    or above a kernel's, a dropout outside `[0, 1)`, a kernel that is a node already, and for targets as `wrap` does.
 
     Li et al., [LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models](https://arxiv.org/abs/2310.08659),
     ICLR 2024.
     """
     if steps < 1:
         raise ValueError(f"There is at least one step, not {steps}.")
+    own = inspect.signature(quantize).parameters.get("targets")
+    if own is None or own.default is not None:
+        raise ValueError("`quantize` is one transform without targets, such as `jpeft.nf4()`: give `targets` here.")
     axes = kernels(params, targets, sites)
     given = options({"rank": rank, "alpha": alpha, "dropout": dropout}, list(axes))
 

@@ -114,6 +114,12 @@ def test_refuses(how, message):
         loftq(**how)
 
 
+@pytest.mark.parametrize("quantize", [jpeft.chain(jpeft.nf4()), jpeft.nf4(targets="w")])
+def test_refuses_transforms_that_would_not_follow_its_targets(quantize):
+    with pytest.raises(ValueError, match="one transform without targets"):
+        jpeft.quantize_with_adapter({"w": W}, quantize=quantize, targets="w")
+
+
 def test_refuses_what_is_quantized_already():
     with pytest.raises(ValueError, match="w: NF4"):
         jpeft.quantize_with_adapter(QUANTIZERS["nf4"]({"w": W}, targets="w"), quantize=jpeft.nf4(), targets="w")

@@ -95,3 +95,8 @@ def test_a_parameter_by_itself_knows_no_shared_arrays():
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         jpeft.vera(weights(), **options)
+
+
+def test_refuses_trees_without_a_place_for_shared_arrays():
+    with pytest.raises(ValueError, match="list has no such place"):
+        jpeft.vera([jnp.ones((4, 6))], targets=".*")
