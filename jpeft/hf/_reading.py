@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from .._node import Additive, Node, value
-from .._shared import Ref
 from ..selective._tokens import Tokens
-from ..selective._unfreeze import Free
+from . import _common
 from ._adapter_config import selector
 from ._joints import wider
 from ._modules import Module
@@ -19,7 +18,7 @@ from ._nodes import whole_node
 from ._tree import Spelling, Tree
 from .formats import WITHIN
 from .formats._experts import named, targeted, unnested
-from .formats._format import Config, Format, Tensors
+from .formats._format import Config, Format, Tensors, misfits
 
 
 @dataclasses.dataclass
@@ -50,8 +49,8 @@ TIED = "the output head is tied to this table: PEFT changes one of them alone, a
 def read(form: Format, config: Config, tensors: Mapping[str, np.ndarray], tree: Tree) -> Reading:
     """Every tensor of an adapter at its place in the tree."""
     found = Reading()
-    of_all = _of_all(form, tensors)
-    tensors = _unrepeated(tensors, of_all, found)
+    of_all = _common.of_all(form, tensors)
+    tensors, found.faults = _common.unrepeated(tensors, of_all)
     names = {re.sub(r"^base_model\.(model\.)?", "", name): x for name, x in tensors.items()}
     if form.wide is not None:
         expected = form.wide.shapes(config)
@@ -72,47 +71,11 @@ def read(form: Format, config: Config, tensors: Mapping[str, np.ndarray], tree: 
             found.faults.append(f"unexpected: {name}")
     for (n, m), group in grouped.items():
         _read_module(forms[n], m, config, group, found)
-    _share(form, config, of_all, tree, found)
+    found.shared, faults = _common.shared(form, config, of_all, tree, found.nodes)
+    found.faults += faults
     _check_targets(form, config, tree, spelling, found)
     _check_plain(form, config, tree, spelling, found)
     return found
-
-
-def _of_all(form: Format, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Those that are of the whole adapter, and at no module of the model."""
-    names = [re.fullmatch(r"base_model\.(?!model\.)(.*)", name) for name in tensors if form.shared is not None]
-    return {match[1]: tensors[match[0]] for match in names if match}
-
-
-def _unrepeated(tensors: Mapping[str, np.ndarray], of_all: Tensors, found: Reading) -> dict[str, np.ndarray]:
-    """The tensors without those of the whole adapter, which files may repeat at modules: they must be the same."""
-    single = {}
-    for name, x in tensors.items():
-        last = name.rpartition(".")[2]
-        if name.removeprefix("base_model.") in of_all:
-            continue
-        if last not in of_all:
-            single[name] = x
-        elif not np.array_equal(x, of_all[last]):
-            found.faults.append(f"{name} is another than base_model.{last}: the nodes here have one for all")
-    return single
-
-
-def _share(form: Format, config: Config, tensors: Tensors, tree: Tree, found: Reading) -> None:
-    """Make the arrays that nodes share, and let the nodes refer to them."""
-    if form.shared is None or not found.nodes:
-        return
-    parts = form.shared(config, tree.declared(found.nodes))
-    faults = misfits("base_model.", {of.name: of.shape for of in parts}, tensors)
-    found.faults += faults
-    for n, of in enumerate(parts if not faults else ()):
-        x, key = of.inward(tensors[of.name]), of.name.replace(".", "_").lower()
-        key = f"{key}_{n}" if key in found.shared else key
-        lone = of.lone and len(of.modules) == 1
-        if not lone:
-            found.shared[key] = Free(array=x) if of.trains else x
-        for m in of.modules:
-            found.nodes[m] = [node.replace(**{of.field: x if lone else Ref(key)}) for node in found.nodes[m]]
 
 
 def _single(tensors: Mapping[str, np.ndarray], config: Config, tree: Tree, found: Reading) -> dict[str, np.ndarray]:
@@ -159,17 +122,6 @@ def _read_module(form: Format, m: Module, config: Config, tensors: Tensors, foun
     except ValueError as error:
         faults = [f"{m.name}: {error}"]
     found.faults += faults
-
-
-def misfits(prefix: str, expected: Mapping[str, tuple[int, ...]], tensors: Tensors) -> list[str]:
-    """The tensors that are missing, unexpected, or of another shape."""
-    faults = [f"missing: {prefix}{name}" for name in expected if name not in tensors]
-    faults += [f"unexpected: {prefix}{name}" for name in tensors if name not in expected]
-    return faults + [
-        f"shape: {prefix}{name} is {tensors[name].shape}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
 
 
 def _check_targets(form: Format, config: Config, tree: Tree, spelling: Spelling, found: Reading) -> None:

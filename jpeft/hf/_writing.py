@@ -13,6 +13,7 @@ from .._shared import Ref
 from .._tree import Params, modules, shared_arrays
 from ..selective._tokens import Tokens
 from ..selective._unfreeze import Free
+from . import _common
 from ._adapter_config import merged, shortened
 from ._free import parameters
 from ._modules import Module
@@ -71,7 +72,10 @@ def write(params: Params, tree: Tree, task_type: str | None = None) -> Writing:
     out.tensors |= tensors
     out.config |= config
     out.faults += faults
-    _write_shared(form, out)
+    if not out.faults:
+        whole, repeated, out.faults = _common.written(form, out.config, out.nodes, tree)
+        out.shared |= whole
+        out.tensors |= repeated
     prefix = "base_model." if wide else "base_model.model."
     out.tensors = {prefix + name: x for name, x in out.tensors.items()} | out.shared
     out.config["task_type"] = task_type or out.config.get("task_type")
@@ -186,24 +190,3 @@ def _write_config(form: Format, out: Writing) -> None:
             out.tensors |= {wrapper + n.removeprefix(name): out.tensors.pop(n) for n in own}
     if any(m.transposed for m in out.adapted):
         out.config["fan_in_fan_out"] = True
-
-
-def _write_shared(form: Format, out: Writing) -> None:
-    """Arrays of several nodes; their names in the file have a shorter prefix."""
-    if form.shared is None or out.faults:
-        return
-    for of in form.shared(out.config, out.tree.declared(out.nodes)):
-        arrays = [getattr(out.nodes[m], of.field) for m in of.modules]
-        x = _fitted(of.outward(arrays[0]), of.shape)
-        before = out.shared.setdefault(f"base_model.{of.name}", x)
-        if any(array is not arrays[0] for array in arrays) or not np.array_equal(x, before):
-            out.faults.append(f"{of.field}: PEFT has one {of.name} for all modules, and here they have others")
-        out.tensors |= {f"{m.name}.{of.name}": x for m in of.modules if of.repeated}
-
-
-def _fitted(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Of another shape: no module uses what is left out, or the zeros that are added."""
-    room = np.zeros(shape, x.dtype)
-    common = tuple(slice(min(sizes)) for sizes in zip(x.shape, shape, strict=True))
-    room[common] = x[common]
-    return room

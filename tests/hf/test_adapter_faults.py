@@ -259,7 +259,7 @@ def test_what_peft_does_not_have(llama, tmp_path):
         "SHiRA for linear maps alone": jpeft.sparse(params, mask={"norm": {"scale": np.ones(16, bool)}}),
         "none below 10000 makes these": jpeft.fourierft(params, frequencies=6, targets=query),
         "wide: PEFT has one randlora_B": jpeft.randlora(params, rank=6, targets=".*(query|value)/kernel"),
-        "share vectors otherwise": jpeft.tinylora(
+        "here others share vectors": jpeft.tinylora(
             params, length=2, group={query: "all", ".*": None}, targets=".*(query|value)/kernel"
         ),
         "2 factors": jpeft.boft(params, block=4, factors=2, targets=".*query/kernel"),

@@ -67,6 +67,13 @@ def test_a_layer_without_another_method_is_refused(method, models, tmp_path):
         hf.load_adapter(directory, params, model=model)
 
 
+def test_vectors_that_layers_share_otherwise_are_refused(models, tmp_path):
+    model, params = models["scan"]
+    directory = adapters.write_adapter(tmp_path, "llama-tinylora-tied")
+    with pytest.raises(ValueError, match=r"different kinds of TinyLoRA"):
+        hf.load_adapter(directory, params, model=model)
+
+
 def test_a_parameter_that_trains_in_one_layer_is_refused(models, bases, tmp_path):
     """Where layers are one array, all of them would train."""
     plain, own = bases["llama"]

@@ -164,3 +164,14 @@ def projected(config: Config) -> list[str]:
         "save_projection = False: the projections are not in the file, and only torch's random generator can make "
         "them again. Load the adapter with PEFT, set `save_projection=True` in its config, and save it"
     ]  # fmt: skip
+
+
+def misfits(prefix: str, expected: Shapes, tensors: Tensors) -> list[str]:
+    """The tensors that are missing, unexpected, or of another shape."""
+    faults = [f"missing: {prefix}{name}" for name in expected if name not in tensors]
+    faults += [f"unexpected: {prefix}{name}" for name in tensors if name not in expected]
+    return faults + [
+        f"shape: {prefix}{name} is {tensors[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
