@@ -1,4 +1,5 @@
 import importlib.metadata
+import itertools
 import os
 
 import jax
@@ -14,9 +15,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def programs():
+    """What was compiled takes gigabytes, and maps of memory, of which a process has so many: beyond them it crashes."""
+    yield
+    if next(TESTS) % 100 == 0:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def memory():
-    """What a file has compiled is of no use to the next, and takes gigabytes."""
+    """What a file has compiled is of no use to the next."""
     yield
     jax.clear_caches()
 
