@@ -1,6 +1,6 @@
 """Every law, for every row of the table of methods, on float, int8 and nf4 bases, unrolled and scanned.
 
-Of most methods the cases on one base are a part of the quick tests: nf4 and scanned, where the method can be on it.
+Of most methods a part of the laws on one base are quick tests: nf4 and scanned, where the method can be on it.
 """
 
 import pytest
@@ -9,11 +9,16 @@ from methods import METHODS
 from jpeft.testing import LAWS, cases, subject
 
 
+ALL = ("lora", "bitfit", "prompt")  # of these all cases are quick
+SLOW = ("unboxes", "scans", "maps", "compiles")
+
+
 def case(method, law, base, scan):
     name = f"{method.name}-{law}-{base}-{'scanned' if scan else 'unrolled'}"
     marks = [pytest.mark.xdist_group(method.name)]
-    quick = ("float", False) if "nf4" in method.exceptions else ("nf4", True)
-    if (base, scan) != quick and law != "keeps_dtypes" and method.name not in ("lora", "bitfit", "prompt"):
+    on_float = "nf4" in method.exceptions or law == "keeps_dtypes"
+    quick = (base, scan) == (("float", False) if on_float else ("nf4", True)) and law not in SLOW
+    if not quick and method.name not in ALL:
         marks.append(pytest.mark.slow)
     return pytest.param(method, law, base, scan, id=name, marks=marks)
 
