@@ -72,7 +72,7 @@ GOOD = ("--model", "model", *DATA)
         ((*GOOD, "--max-length", "41"), "--max-length 41 is more than the model's 40 positions"),
         ((*GOOD, "--method", "prompt", "--prompt-length", "25"), "--max-length 16 + --prompt-length 25 is more than"),
         ((*GOOD, "--method", "last-layers", "--layers", "2"), "leaves none to --base nf4: use --base float"),
-        ((*GOOD, "--method", "last-layers", "--layers", "3", "--base", "float"), "has the layers [-3]: the stacks have"),
+        ((*GOOD, "--method", "last-layers", "--layers", "3", "--base", "float"), "has the layers [-3]"),
         ((*DATA, "--model", "missing"), "missing has no config.json"),
         ((*DATA, "--model", "nothing"), "nothing has no config.json"),
         ((*DATA, "--model", "strange"), "model_type 'strange'; supported: "),
