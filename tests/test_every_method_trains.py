@@ -24,6 +24,7 @@ LOSSES = {
     "vera": 1.40,
     "lora_xs": 1.00,
     "tinylora": 2.60,
+    "tinylora_shared": 3.70,  # twelve numbers
     "vblora": 1.55,
     "delora": 1.00,
     "lokr_both": 1.40,
@@ -44,6 +45,8 @@ LOSSES = {
     "ia3_encoder": 1.55,
     "beft": 2.50,
     "bitfit": 1.25,
+    "bitfit_created": 2.00,
+    "unfreeze_layers": 3.40,  # 32 numbers
     "houlsby": 1.10,
     "pfeiffer": 1.95,
     "parallel": 1.30,
