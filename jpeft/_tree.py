@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -108,7 +108,7 @@ def wrap(
         node = _new(keys[name], resolve(leaf, shared), **how)
         return node.replace(base=leaf) if isinstance(node, Reparam) and node.base is None else node
 
-    return _replaced(params, {name: functools.partial(one, name) for name in axes}, over_nodes)
+    return replaced(params, {name: functools.partial(one, name) for name in axes}, over_nodes)
 
 
 def put(params: Params, new: Mapping[str, Callable[[Any], Node]], *, over_nodes: bool = False) -> Params:
@@ -116,21 +116,27 @@ def put(params: Params, new: Mapping[str, Callable[[Any], Node]], *, over_nodes:
 
     **Raises** `ValueError`, with every path, for parameters that nodes have taken the place of, unless `over_nodes`.
     """
-    return _replaced(params, {name: lambda x, fn=fn: fn(read(x)) for name, fn in new.items()}, over_nodes)
+    return replaced(params, {name: lambda x, fn=fn: fn(read(x)) for name, fn in new.items()}, over_nodes)
 
 
-def _replaced(params: Params, new: Mapping[str, Callable[[Any], Node]], over_nodes: bool) -> Params:
-    leaves = named_leaves(params)
-    held = [f"  {name}: {type(leaves[name]).__name__}" for name in new if isinstance(leaves[name], Node)]
-    if held and not over_nodes:
+def replaced(params: Params, new: Mapping[str, Callable[[Any], Node]], over_nodes: bool) -> Params:
+    """`put`, of parameters that may still be in a file: `new` is to read them."""
+    if not over_nodes:
+        vacant(named_leaves(params), new)
+    one = lambda path, x: new[name](x) if (name := name_of(path)) in new else x
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+
+
+def vacant(leaves: Mapping[str, Any], names: Iterable[str]) -> None:
+    """**Raises** `ValueError`, with every path, for parameters that nodes have taken the place of."""
+    held = [f"  {name}: {type(leaves[name]).__name__}" for name in names if isinstance(leaves[name], Node)]
+    if held:
         raise ValueError(
             "This method keeps no base to nest these nodes in: it would silently replace them.\n"
             + "\n".join(held)
             + "\n"
             "Apply this one first (in `jpeft.chain`, put it before), or leave these parameters out of `targets`."
         )
-    one = lambda path, x: new[name](x) if (name := name_of(path)) in new else x
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
 
 
 @functools.partial(jax.jit, static_argnames=("new", "axes", "chosen"))

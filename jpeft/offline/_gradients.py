@@ -9,7 +9,7 @@ import optax
 
 from .._targets import Targets
 from .._tree import Params
-from ._run import Batch, Running, run
+from ._run import Batch, Running, compiled, run
 from ._values import Values, filled, of_values, values_of, zeros
 
 
@@ -46,6 +46,7 @@ def fisher(
     """
     squares = _expected_squares if expected else _squares
 
+    @compiled
     def step(carry, params, batch):
         def one(total, example):
             example = jax.tree.map(lambda x: x[None], example)
@@ -85,6 +86,7 @@ def gradient_scores(
     """
     power = jnp.square if squared else lambda g: g
 
+    @compiled
     def step(total, params, batch):
         grads = jax.grad(of_values(loss_fn, params, batch))(values_of(params, total))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)

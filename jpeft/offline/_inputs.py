@@ -12,7 +12,7 @@ from .._shared import Shared
 from .._targets import Sites, Targets, kernels, named_leaves
 from .._tree import Params, map_nodes, wrap
 from ._probe import Probe, new_probe, omega
-from ._run import Batch, Running, run
+from ._run import Batch, Running, compiled, run
 from ._values import filled
 
 
@@ -105,6 +105,7 @@ def capture_inputs(
         tree = wrap(params, new_probe, targets=targets, sites=sites, **options)
         return tree, {name: x.moment for name, x in named_leaves(tree).items() if name in axes}
 
+    @compiled
     def step(total, params, batch):
         tree, moments = probed(params)
         counted = None if mask is None else Shared(mask(batch))

@@ -10,7 +10,7 @@ import optax
 from .._node import widened
 from .._targets import Targets
 from .._tree import Params
-from ._run import Batch, Running, run
+from ._run import Batch, Running, compiled, run
 from ._values import filled, of_values, values_of, zeros
 
 
@@ -42,6 +42,7 @@ def prime(
     **Raises** `ValueError` as `gradient_scores` does.
     """
 
+    @compiled
     def step(carry, params, batch):
         changes, state = carry
         start = values_of(params, changes)

@@ -1,5 +1,6 @@
 """The runner that all offline passes share: a carry that goes through batches, and survives an interruption."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,12 +10,16 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
+from .. import _lazy
 from .._node import is_node
 from .._storage import MANIFEST, Json, read, record, write
 from .._tree import Params
 
 
 Batch = Any  # a pytree of arrays whose first axis is examples
+
+
+compiled = functools.partial(jax.jit, donate_argnums=0)  # a step whose carry takes the place of the one before
 
 
 class Running(TypedDict, total=False):
@@ -39,11 +44,11 @@ def run(
 ) -> Any:
     """What `carry = step(carry, params, batch)` has become after all batches.
 
-    `step` is compiled once for every shape of a batch. Each carry takes the place of the one before, so that the memory
-    is that of one, however many batches there are.
+    Each carry takes the place of the one before, so that the memory is that of one, however many batches there are.
 
     **Arguments:**
 
+    - `step`: by `compiled`, once for every shape of a batch; or a plain function that takes apart what it is given.
     - `params`: what does not change from batch to batch.
     - `what`, `options`: the name of the pass, and what its result depends on beside `params` and batches.
     - `progress`: whether a bar is shown, where standard error is a terminal and rich is installed.
@@ -55,14 +60,13 @@ def run(
     **Raises** `ValueError` if there are no batches, or `resume` holds another pass, with all that differs; and
     `CheckpointError` if it is damaged.
     """
-    compiled = jax.jit(step, donate_argnums=0)
     kept = None if resume is None else _Kept(Path(resume).absolute(), what, carry, params, options)
     done, carry = (0, carry) if kept is None else kept.load(carry)
     count = 0
     for count, batch in enumerate(_shown(batches, what, progress), 1):
         if count > done:
             jax.block_until_ready(carry)  # or batches would queue up on the device
-            carry = compiled(carry, params, batch)
+            carry = step(carry, params, batch)
             if kept is not None and count % save_every == 0:
                 kept.save(carry, count, batch)
         elif count == done:
@@ -95,8 +99,9 @@ class _Kept:
             "pass": what,
             "options": {name: repr(x) for name, x in options.items()},
             "carry": {name: [list(np.shape(x)), str(x.dtype)] for name, x in _named(carry)},
-            "nodes": {name: str(jax.tree.structure(x)) for name, x in _named(params, is_node) if is_node(x)},
-            "parameters": {name: record(x) for name, x in _named(params)},
+            "nodes": _nodes(params),
+            "results": _nodes(carry),
+            "parameters": {name: record(_lazy.read(x)) for name, x in _named(params)},
         }
 
     def fault(self, why: str) -> str:
@@ -131,8 +136,13 @@ def _named(tree: Any, is_leaf: Callable | None = None) -> Iterator[tuple[str, An
     return ((jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf))
 
 
+def _nodes(tree: Any) -> dict[str, Json]:
+    """The nodes of a tree, with their static fields."""
+    return {name: str(jax.tree.structure(x)) for name, x in _named(tree, is_node) if is_node(x)}
+
+
 def _records(batch: Batch) -> dict[str, Json]:
-    return {name: record(x) for name, x in _named(batch)}
+    return {name: record(_lazy.read(x)) for name, x in _named(batch)}
 
 
 def _differences(was: dict[str, Json], now: dict[str, Json]) -> Iterator[str]:

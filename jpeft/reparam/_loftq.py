@@ -4,14 +4,17 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from .._kernel import fold, stacked, unfold
+from .._lazy import read
 from .._node import value
-from .._targets import Option, Sites, Targets, kernels, options
-from .._tree import Params, put, transform
+from .._targets import Option, Sites, Targets, kernels, named_leaves, options
+from .._tree import Params, replaced, transform, vacant
+from ..offline._run import Running, run
 from ._factors import check, scale_of
 from ._lora import LoRA
 from ._singular import principal
@@ -31,6 +34,7 @@ def quantize_with_adapter(
     targets: Targets | None = None,
     sites: Sites | None = None,
     key: jax.Array | None = None,
+    **running: Unpack[Running],
 ) -> Params:
     r"""LoftQ: codes $Q$ and a LoRA over them that together are near to every targeted kernel. See `LoRA`.
 
@@ -44,9 +48,11 @@ def quantize_with_adapter(
     - `scaled`: whether $s$ is taken into account, as above. PEFT leaves it out of both steps, so that its start is near
       to the kernels for $s = 1$ alone.
     - `key`: for `quantize`.
+    - `running`: `progress`, `resume` and `save_every`, a batch being one kernel. See the page on offline passes.
 
     **Raises** `ValueError` for fewer than one step, a `quantize` of several transforms or with targets, a rank below 1
-    or above a kernel's, a dropout outside `[0, 1)`, a kernel that is a node already, and for targets as `wrap` does.
+    or above a kernel's, a dropout outside `[0, 1)`, a kernel that is a node already, a `resume` of another pass, and
+    for targets as `wrap` does.
 
     Li et al., [LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models](https://arxiv.org/abs/2310.08659),
     ICLR 2024.
@@ -59,7 +65,10 @@ def quantize_with_adapter(
     axes = kernels(params, targets, sites)
     given = options({"rank": rank, "alpha": alpha, "dropout": dropout}, list(axes))
 
-    def new(name, leaf):
+    leaves = named_leaves(params)
+    vacant(leaves, axes)
+
+    def new(name, leaf, steps):
         rank, alpha, dropout = (given[name][option] for option in ("rank", "alpha", "dropout"))
         check(rank, dropout)
         w, letters = value(leaf), axes[name]
@@ -76,7 +85,15 @@ def quantize_with_adapter(
         root = scale**0.5 if scaled else 1.0
         return LoRA(base=base, a=a / root, b=b / root, scale=scale, dropout=dropout, axes=letters)
 
-    return put(params, {name: functools.partial(new, name) for name in axes})
+    def step(found, params, batch):
+        return found | {name: new(name, read(leaf), steps) for name, leaf in batch.items()}
+
+    shapes = {name: jax.eval_shape(functools.partial(new, name, steps=1), leaves[name]) for name in axes}
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    batches = [{name: leaves[name]} for name in axes]
+    how = {"what": "quantize_with_adapter", "options": {"steps": steps, "scaled": scaled, "key": key}}
+    found = run(step, start, params, batches, **how, **running)
+    return replaced(params, {name: lambda _, name=name: found[name] for name in axes}, over_nodes=False)
 
 
 @functools.partial(jax.jit, static_argnames="rank")

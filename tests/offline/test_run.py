@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jpeft
-from jpeft.offline._run import _shown, run
+from jpeft.offline._run import _shown, compiled, run
 
 
 PARAMS = {"kernel": jnp.arange(6.0).reshape(3, 2)}
@@ -41,6 +41,7 @@ def broken_off(directory, after, **how):
 def test_streams_and_compiles_once_for_every_shape():
     shapes, ended = [], []
 
+    @compiled
     def step(total, params, batch):
         shapes.append(batch.shape)
         return total + jnp.sum(batch) * params

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jpeft
+from jpeft._lazy import Lazy
 
 
 W = jax.random.normal(jax.random.key(0), (16, 12))
@@ -123,3 +124,65 @@ def test_refuses_transforms_that_would_not_follow_its_targets(quantize):
 def test_refuses_what_is_quantized_already():
     with pytest.raises(ValueError, match="w: NF4"):
         jpeft.quantize_with_adapter(QUANTIZERS["nf4"]({"w": W}, targets="w"), quantize=jpeft.nf4(), targets="w")
+
+
+def many(seed=0):
+    shapes = {"first": (8, 12), "second": (16, 12), "third": (12, 8)}
+    return {n: jax.random.normal(jax.random.key(seed + i), s) for i, (n, s) in enumerate(shapes.items())}
+
+
+def quantized(params, **how):
+    how = {"quantize": QUANTIZERS["nf4"], "targets": ".*", "rank": 2, "steps": 2} | how
+    return jpeft.quantize_with_adapter(params, **how)
+
+
+def test_goes_on_where_it_was_interrupted(tmp_path):
+    """Bitwise the same, and no kernel that was done is quantized again."""
+    done = []
+
+    def until(last):
+        def quantize(params, *, targets=None, key=None):
+            (name,) = params
+            if not isinstance(params[name], jax.core.Tracer):
+                if name == last:
+                    raise KeyboardInterrupt
+                done.append(name)
+            return QUANTIZERS["nf4"](params, targets=targets, key=key)
+
+        return quantize
+
+    expected = quantized(many())
+    with pytest.raises(KeyboardInterrupt):
+        quantized(many(), quantize=until("third"), resume=tmp_path / "pass", save_every=1)
+    assert done == ["first"] * 2 + ["second"] * 2
+    done.clear()
+    found = quantized(many(), quantize=until(None), resume=tmp_path / "pass", save_every=1)
+    assert done == ["third"] * 2
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert all(np.abs(x.b).max() > 0 for x in found.values())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"steps": 3}, "other options: steps"),
+        ({"alpha": 4}, r"other results: \['first'\], \['second'\], \['third'\]"),
+        ({"quantize": QUANTIZERS["int8"]}, "other results"),
+        ({"params": many(seed=9)}, r"other parameters: \['first'\]"),
+    ],
+)
+def test_refuses_to_go_on_with_another_pass(tmp_path, how, message):
+    quantized(many(), resume=tmp_path / "pass")
+    with pytest.raises(ValueError, match=message):
+        quantized(**({"params": many()} | how), resume=tmp_path / "pass")
+
+
+def test_of_kernels_that_are_still_in_a_file(tmp_path):
+    reads = []
+    lazy = lambda n, x: Lazy(x.shape, x.dtype, lambda _: reads.append(n) or x)
+    found = quantized({n: lazy(n, x) for n, x in many().items()})
+    assert reads == list(many())
+    resumed = quantized({n: lazy(n, x) for n, x in many().items()}, resume=tmp_path / "pass")
+    for tree in (found, resumed):
+        jax.tree.map(np.testing.assert_array_equal, tree, quantized(many()))
