@@ -163,30 +163,35 @@ def _new_of_parts(key: jax.Array, leaf: Lazy, *, axes: str, **how: Any) -> Node 
     return jax.tree.unflatten(jax.tree.structure(whole), jax.tree.leaves(leaf.map(one)))
 
 
-def nodes_of(tree: Params, kind: type[N], made_by: str | None = None) -> dict[str, N]:
-    """The nodes of a class, by name, those that other nodes stand on too: they come before what stands on them.
+def nodes_of(tree: Params, kind: type[N], made_by: str | None = None, *, nested: bool = True) -> dict[str, N]:
+    """The nodes of a class, by name, those that others of it stand on too: they come before what stands on them.
+
+    Without `nested` only the last of those that stand on each other.
 
     **Raises** `ValueError` if there are none and `made_by` names the transform that makes them.
     """
     found = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, kind)):
         if isinstance(x, kind):
-            name, beneath = name_of(path), nodes_of(x.parts(Role.TRAINABLE, Role.FROZEN), kind)
+            name = name_of(path)
+            beneath = nodes_of(x.parts(Role.TRAINABLE, Role.FROZEN), kind) if nested else {}
             found |= {f"{name}/{n}": y for n, y in beneath.items()} | {name: x}
     if made_by and not found:
         raise ValueError(f"There is no {kind.__name__} node in this tree: `jpeft.{made_by}(params)` makes them.")
     return found
 
 
-def map_nodes(fn: Callable[[N], Any], tree: Params, kind: type[N], made_by: str | None = None) -> Params:
-    """The tree with `fn(node)` in place of every node of a class, in the order of `nodes_of`, and raising as that."""
+def map_nodes(
+    fn: Callable[[N], Any], tree: Params, kind: type[N], made_by: str | None = None, *, nested: bool = True
+) -> Params:
+    """The tree with `fn(node)` in place of the nodes that `nodes_of` finds, in its order; it raises as that does."""
     if made_by:
         nodes_of(tree, kind, made_by)
 
     def one(x):
         if not isinstance(x, kind):
             return x
-        return fn(x.replace(**map_nodes(fn, x.parts(Role.TRAINABLE, Role.FROZEN), kind)))
+        return fn(x.replace(**map_nodes(fn, x.parts(Role.TRAINABLE, Role.FROZEN), kind)) if nested else x)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, kind))
 

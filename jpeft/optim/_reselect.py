@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._kernel import fold
 from .._node import is_param, whole
 from .._targets import name_of, named_leaves
-from .._tree import Params, partition
+from .._tree import Params, map_nodes, nodes_of, partition
 from ..selective._sparse import Sparse
 from ._state import map_moments
 
@@ -34,7 +34,7 @@ def reselect(params: Params, opt_state: Any, scores: Params, *, rate: jax.typing
     scores, and for an `opt_state` that holds moments of them in a form that is not known.
     """
     scores = named_leaves(scores)
-    holders = {name: x for name, x in named_leaves(params).items() if any(map(_is_sparse, _leaves(x)))}
+    holders = {name: x for name, x in named_leaves(params).items() if nodes_of(x, Sparse)}
     scores = {name: scores[name] for name in holders if name in scores}
     if not scores:
         raise ValueError(
@@ -48,8 +48,8 @@ def reselect(params: Params, opt_state: Any, scores: Params, *, rate: jax.typing
 
     def one(path, x):
         score = scores.get(name_of(path))
-        move = lambda node: _moved(node, score, rate) if _is_sparse(node) else node
-        return x if score is None else jax.tree.map(move, x, is_leaf=_is_sparse)
+        move = lambda node: _moved(node, score, rate)
+        return x if score is None else map_nodes(move, x, Sparse, nested=False)
 
     new = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
     return new, _forgotten(opt_state, params, new)
@@ -57,10 +57,6 @@ def reselect(params: Params, opt_state: Any, scores: Params, *, rate: jax.typing
 
 def _is_sparse(x: Any) -> bool:
     return isinstance(x, Sparse)
-
-
-def _leaves(x: Any) -> list[Any]:
-    return jax.tree.leaves(x, is_leaf=_is_sparse)
 
 
 def _moved(node: Sparse, score: jax.Array, rate: jax.typing.ArrayLike) -> Sparse:
@@ -93,7 +89,7 @@ def _forgotten(opt_state: Any, old: Params, new: Params) -> Any:
 
     moved, _ = partition(jax.tree.map(mark, old, new, is_leaf=_is_sparse))
     trainable, _ = partition(new)
-    shapes = {x.values.shape for x in _leaves(trainable) if _is_sparse(x)}
+    shapes = {x.values.shape for x in nodes_of(trainable, Sparse, nested=False).values()}
     unknown = [x.shape for x in jax.tree.leaves(map_moments(lambda m: None, opt_state, trainable)) if jnp.ndim(x)]
     if shapes & set(unknown):
         raise ValueError(

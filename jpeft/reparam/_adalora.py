@@ -27,10 +27,6 @@ class AdaLoRA(LowRank):
     def left(self):
         return self.a * (self.e * self.mask.astype(self.e.dtype))[..., None, :]
 
-    @property
-    def right(self):
-        return self.b
-
 
 def orthogonality(params: Params) -> jax.Array:
     r"""The mean of $\lVert A^T A - I \rVert_F$ and $\lVert B B^T - I \rVert_F$ over every `AdaLoRA` matrix in a tree.

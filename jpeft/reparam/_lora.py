@@ -18,14 +18,6 @@ class LoRA(LowRank):
     a: Trainable[jax.Array, "in rank"]
     b: Trainable[jax.Array, "rank out"]
 
-    @property
-    def left(self):
-        return self.a
-
-    @property
-    def right(self):
-        return self.b
-
 
 class LoRAFA(LoRA):
     r"""LoRA whose $A$, once drawn, stays: only $B$ trains, and of an input no more than $x A$ is kept for its gradient.

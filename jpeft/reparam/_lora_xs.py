@@ -25,10 +25,6 @@ class LoRAXS(LowRank):
     b: Frozen[jax.Array, "rank out"]
 
     @property
-    def left(self):
-        return self.a
-
-    @property
     def right(self):
         return self.r @ self.b
 

@@ -1,7 +1,5 @@
 """What every term of low rank is: two factors, and a product through them."""
 
-import abc
-
 import jax
 
 from .._node import Branch, Static
@@ -9,20 +7,23 @@ from .._operands import dropout as drop
 
 
 class LowRank(Branch):
-    r"""$W' = W + s\,L R$; on activations $y = x W + s\,\mathrm{drop}(x) L R$. Subclasses say what $L$ and $R$ are."""
+    r"""$W' = W + s\,L R$; on activations $y = x W + s\,\mathrm{drop}(x) L R$.
+
+    $L$ and $R$ are the fields `a` and `b` where a subclass says nothing else.
+    """
 
     scale: Static[float] = 1.0
     dropout: Static[float] = 0.0
 
     @property
-    @abc.abstractmethod
     def left(self) -> jax.Array:
         """$L$ `(in, rank)`."""
+        return self.a
 
     @property
-    @abc.abstractmethod
     def right(self) -> jax.Array:
         """$R$ `(rank, out)`."""
+        return self.b
 
     def weight(self, w):
         return w + self.scale * (self.left @ self.right)

@@ -22,10 +22,6 @@ class MoSLoRA(LowRank):
     b: Trainable[jax.Array, "rank out"]
 
     @property
-    def left(self):
-        return self.a
-
-    @property
     def right(self):
         return self.mixer @ self.b
 

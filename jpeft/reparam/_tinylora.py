@@ -27,10 +27,6 @@ class TinyLoRA(LowRank):
     v: Trainable[jax.Array, "length"]
 
     @property
-    def left(self):
-        return self.a
-
-    @property
     def right(self):
         return jnp.einsum("...n,...nij->...ij", self.v, self.p) @ self.b
 

@@ -32,6 +32,21 @@ class FAR(Branch):
         zeros = jnp.zeros((*y.shape[:-1], self.features), y.dtype)
         return zeros.at[..., self.indices].add(y, unique_indices=True, indices_are_sorted=True)
 
+    def split(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The layer reconfigured: what trains `(in, columns)`, what does not `(in, out - columns)`, and `order (out,)`.
+
+        `jnp.concatenate([trains, frozen], -1)[..., order]` is the parameter, in the shape of its matrix, and the same
+        of $x$ times both is $x$ times the parameter. Every array has the stacked axes first.
+        """
+
+        def one(node, w):
+            trains = jnp.zeros(node.features, bool).at[node.indices].set(True)
+            places = jnp.argsort(~trains, stable=True)  # those that train first, both in order
+            halves = jnp.split(w[:, places], [len(node.indices)], axis=1)
+            return *halves, jnp.argsort(places)
+
+        return self.replace(base=None).each(one, fold(self.value(), self.axes))
+
 
 @transform
 def far(

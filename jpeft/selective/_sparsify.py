@@ -1,15 +1,12 @@
 """From changes of every entry to sparse ones: the largest stay."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .._kernel import IN, OUT, STACK, fold
 from .._node import Reparam, whole
-from .._targets import name_of
-from .._tree import Params, transform
+from .._tree import Params, map_nodes, nodes_of, transform
 from ._delta import Delta, Dense
 from ._masks import Scope, largest
 from ._sparse import Sparse, listed
@@ -47,15 +44,11 @@ def sparsify(
     start = params if rewind is None else rewind
     if jax.tree.structure(start) != jax.tree.structure(params):
         raise ValueError("`rewind` is the tree that was trained, as it was before: this one has another structure.")
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_dense)
-    sizes = {name_of(path): _candidates(x) for path, x in leaves if _is_dense(x)}
-    if not sizes:
-        raise ValueError("There are no dense changes in this tree: `jpeft.delta(params)` makes them.")
+    changes = nodes_of(params, Dense, "delta", nested=False)
+    sizes = {name: _candidates(x) for name, x in changes.items()}
     found = iter(largest(sizes, density, scope))
 
     def one(x):
-        if not _is_dense(x):
-            return x
         change, mask = _changed(x), next(found)
         if dense:
             return Delta(base=x.base, axes=x.axes, values=jnp.where(mask, change, 0))
@@ -66,11 +59,7 @@ def sparsify(
         values = jnp.take_along_axis(flat, indices, axis=-1, mode="fill", fill_value=0)
         return Sparse(base=x.base, axes=x.axes, values=values, indices=indices)
 
-    return jax.tree.map(one, start, is_leaf=_is_dense)
-
-
-def _is_dense(x: Any) -> bool:
-    return isinstance(x, Dense)
+    return map_nodes(one, start, Dense, nested=False)
 
 
 def _changed(node: Dense) -> jax.Array:

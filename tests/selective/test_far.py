@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jpeft
+from jpeft._kernel import fold
 from jpeft.testing import shaken
 
 
@@ -78,29 +79,45 @@ def test_outputs_that_have_changed_most(rewind):
 def test_is_the_split_layout():
     """`concat(x W_t + b_t, x W_f + b_f)[..., perm^-1]`, whose trainable half has the gradients of the columns."""
     params = jpeft.far(base(), primed=primed(), retention=0.4)
-    plain, trainable = jpeft.merge(params), {}
-    order = {}
-    for name, own in plain["mlp"].items():
-        indices = params["mlp"][name]["kernel"].indices
-        order[name] = jnp.concatenate([indices, jnp.setdiff1d(jnp.arange(SIZES[name][1]), indices)])
-        trainable[name] = jax.tree.map(lambda x, i=indices: x[..., i], own)
+    halves = jax.tree.map(lambda node: node.split(), params["mlp"], is_leaf=lambda x: isinstance(x, jpeft.FAR))
+    trainable = {name: {part: x[0] for part, x in own.items()} for name, own in halves.items()}
 
     def split(trainable, x):
         def layer(name, x):
-            own, count = plain["mlp"][name], len(trainable[name]["bias"])
-            frozen = jax.tree.map(lambda x: x[..., order[name][count:]], own)
-            halves = [affine(x, trainable[name]), affine(x, frozen)]
-            return jnp.concatenate(halves, axis=-1)[..., jnp.argsort(order[name])]
+            (_, w, order), (_, b, _) = halves[name]["kernel"], halves[name]["bias"]
+            own = trainable[name]
+            halved = [x @ own["kernel"] + own["bias"].repeat(len(x), 0), x @ w + b.repeat(len(x), 0)]
+            return jnp.concatenate(halved, axis=-1)[..., order]
 
-        return layer("down", jnp.tanh(layer("up", x))) * plain["scale"]
+        return layer("down", jnp.tanh(layer("up", x))) * params["scale"]
 
     np.testing.assert_allclose(split(trainable, X), jpeft.apply(mlp, params, X), rtol=1e-5, atol=1e-6)
     expected = jax.grad(lambda t: jnp.mean(jnp.square(split(t, X) - Y)))(trainable)
     own, frozen = jpeft.partition(params)
     found = jax.grad(lambda t: loss(jpeft.combine(t, frozen)))(own)
     for name, part in PARTS:
-        g = found["mlp"][name][part].columns.reshape(expected[name][part].shape)
-        np.testing.assert_allclose(g, expected[name][part], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found["mlp"][name][part].columns, expected[name][part], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", ["io", "soi", "sio", "ioo"])
+@pytest.mark.parametrize("retention", [0.01, 0.5, 1.0])
+def test_permuted_back_is_the_parameter(axes, retention):
+    """Bit for bit, of whatever shape and in half precision; those that do not train are the base's."""
+    w = jax.random.normal(jax.random.key(5), [3 if c == "s" else 4 + n for n, c in enumerate(axes)], jnp.bfloat16)
+    params, targets = {"w": w}, {"w": axes}
+    node = jpeft.far(params, primed=shaken(params, jax.random.key(6), 1.0), retention=retention, targets=targets)["w"]
+    trains, frozen, order = node.split()
+    count, (*stack, rows, outs) = node.indices.shape[-1], fold(w, axes).shape
+    assert trains.shape == (*stack, rows, count) and frozen.shape == (*stack, rows, outs - count)
+    back = np.take_along_axis(np.concatenate([trains, frozen], -1), np.asarray(order)[..., None, :], -1)
+    np.testing.assert_array_equal(back, fold(node.value(), axes))
+    others = np.take_along_axis(fold(np.asarray(w), axes), _others(node.indices, outs)[..., None, :], -1)
+    np.testing.assert_array_equal(frozen, others)
+
+
+def _others(indices, count):
+    rows = [np.setdiff1d(np.arange(count), row) for row in np.asarray(indices).reshape(-1, indices.shape[-1])]
+    return np.array(rows, int).reshape(*indices.shape[:-1], -1)
 
 
 def test_gradients_are_columns_of_the_whole_ones():

@@ -162,7 +162,7 @@ def test_layers_of_a_stack():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match=r"no dense changes.*jpeft\.delta"):
+    with pytest.raises(ValueError, match=r"no Dense node.*jpeft\.delta"):
         jpeft.sparsify(weights(), density=0.1)
     with pytest.raises(ValueError, match="another structure"):
         jpeft.sparsify(begun(), density=0.1, rewind=weights())
