@@ -10,7 +10,8 @@ import jax
 
 from . import _linen
 from ._engine import Record, evaluate
-from ._node import Additive, Leaf, is_node, is_param, value
+from ._expressions import directed, place_of
+from ._node import Additive, Leaf, is_node, is_param, whole
 from ._operands import fold_in
 from ._shared import SHARED, resolve
 from ._targets import Site, Sites
@@ -76,6 +77,7 @@ def apply(
     variables: Any,
     *args: Any,
     rngs: Any = None,
+    adapters: Any = None,
     allow_unused: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -88,28 +90,42 @@ def apply(
 
     - `rngs`: as for `model.apply`. A `"dropout"` key there, or a key by itself, turns the dropout and the random gates
       of the nodes on; it is passed on to a module, and not to a function.
+    - `adapters`: which of the adapters of a `stack` act: a name or a number; integers `(batch,)` for the rows, below
+      zero for none; weights `(adapters,)`, `(batch, adapters)` or `(batch, tokens, adapters)`; or an expression, such
+      as `jpeft.Average("a", "b")`. Another choice of the same kind is no new trace.
     - `allow_unused`: whether a node may be unused in this call.
 
-    **Raises** `UnusedNodeError` for a node that the call never uses: its training would be a silent no-op.
+    **Raises** `ValueError` for `adapters` that there are not, and `UnusedNodeError` for a node that the call never
+    uses: its training would be a silent no-op.
     """
-    out, record = _run(model_or_function, variables, args, kwargs, rngs)
+    out, record = _run(model_or_function, variables, args, kwargs, rngs, adapters)
     if not allow_unused:
         Coverage.of(record).check()
     return out
 
 
 def coverage(
-    model_or_function: nn.Module | Callable, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any
+    model_or_function: nn.Module | Callable,
+    variables: Any,
+    *args: Any,
+    rngs: Any = None,
+    adapters: Any = None,
+    **kwargs: Any,
 ) -> Coverage:
     """What `apply` does with every node: `"branched"`, `"merged"` or `"unused"`, by path.
 
     The call is traced and not run: `variables` and `args` may hold `jax.ShapeDtypeStruct`s.
     """
-    return Coverage.of(_trace(model_or_function, variables, args, kwargs, rngs, lambda _, x: is_node(x)))
+    return Coverage.of(_trace(model_or_function, variables, args, kwargs, rngs, adapters, lambda _, x: is_node(x)))
 
 
 def sites(
-    model_or_function: nn.Module | Callable, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any
+    model_or_function: nn.Module | Callable,
+    variables: Any,
+    *args: Any,
+    rngs: Any = None,
+    adapters: Any = None,
+    **kwargs: Any,
 ) -> Sites:
     """What the model does with every parameter: a `Site` by path.
 
@@ -117,12 +133,12 @@ def sites(
     `jpeft.sites(model, jax.eval_shape(model.init, key, x), x)`. Pass the result as `sites=` to a transform: it settles
     the axes of kernels with more than two, and which kernels a matrix product consumes. `print(sites)` shows a table.
     """
-    record = _trace(model_or_function, variables, args, kwargs, rngs, lambda _, x: True)
+    record = _trace(model_or_function, variables, args, kwargs, rngs, adapters, lambda _, x: True)
     found = {}
     for name, leaf in record.names.items():
         if isinstance(leaf, Additive):
             continue
-        aval = jax.eval_shape(value, leaf)
+        aval = whole(leaf)
         letters = [record.letters[name].get(n, "?") for n in range(len(aval.shape))]
         axes = None if "?" in letters or not record.ops[name] else "".join(letters)
         flops = sum(record.flops[name].values())
@@ -131,7 +147,7 @@ def sites(
 
 
 @contextlib.contextmanager
-def intercept(*, allow_unused: bool = False) -> Iterator[None]:
+def intercept(*, adapters: Any = None, allow_unused: bool = False) -> Iterator[None]:
     """Within it, `model.apply` of any `linen` module does what `jpeft.apply` does.
 
     For code that calls `model.apply` itself: a trainer, a generation loop. It must be entered inside a function that is
@@ -139,16 +155,18 @@ def intercept(*, allow_unused: bool = False) -> Iterator[None]:
     """
 
     def run(model, variables, args, kwargs, rngs):
-        return apply(model, variables, *args, rngs=rngs, allow_unused=allow_unused, **kwargs)
+        return apply(model, variables, *args, rngs=rngs, adapters=adapters, allow_unused=allow_unused, **kwargs)
 
     with _linen.root_calls(run):
         yield
 
 
-def _run(target, variables, args, kwargs, rngs, follow=lambda _, x: is_node(x)):
+def _run(target, variables, args, kwargs, rngs, adapters, follow=lambda _, x: is_node(x)):
     record = Record()
     key = rngs if rngs is None or not isinstance(rngs, Mapping) else rngs.get("dropout")
     linen = isinstance(target, nn.Module)
+    if linen and key is rngs is not None:
+        rngs = {"params": key, "dropout": key}  # Flax takes one key for the first alone
     params: Params = variables["params"] if linen else variables
     bare = {k: x for k, x in params.items() if k != SHARED} if isinstance(params, Mapping) else params
 
@@ -159,6 +177,7 @@ def _run(target, variables, args, kwargs, rngs, follow=lambda _, x: is_node(x)):
             return target(params, *args, **kwargs)
 
     bare = bare if key is None else _drawn(bare, key)
+    bare = bare if adapters is None else directed(bare, adapters, place_of((args, kwargs)))
     return evaluate(fn, resolve(bare, shared_arrays(params)), follow, key, record), record
 
 
@@ -169,11 +188,11 @@ def _drawn(params: Params, key: jax.Array) -> Params:
     return treedef.unflatten(noisy)
 
 
-def _trace(target, variables, args, kwargs, rngs, follow) -> Record:
+def _trace(target, variables, args, kwargs, rngs, adapters, follow) -> Record:
     kept = []
 
     def run(variables, args, kwargs, rngs):
-        kept.append(_run(target, variables, args, kwargs, rngs, follow)[1])
+        kept.append(_run(target, variables, args, kwargs, rngs, adapters, follow)[1])
 
     arrays, rebuild = _abstract((variables, args, kwargs, rngs))
     with _trace_of(object()):

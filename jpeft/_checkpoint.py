@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from ._expressions import Stacked
 from ._manifest import build, complete, describe, keys, kind, pointer
 from ._node import Additive, is_param, whole
 from ._shared import SHARED, resolve
 from ._storage import CheckpointError, Json, dumps, read, write
-from ._tree import Params, shared_arrays, strip
+from ._tree import Params, map_nodes, shared_arrays, strip
 
 
 class BaseMismatchError(CheckpointError):
@@ -35,6 +36,7 @@ def save(path: str | os.PathLike, params: Params, *, overwrite: bool = False) ->
     anything else; `ValueError` if there is nothing but the base; `TypeError` for a node that holds something other than
     arrays, numbers, strings and dtypes.
     """
+    params = map_nodes(lambda x: x.on(None), params, Stacked)  # which of several adapters act is for calls to say
     shared, arrays = shared_arrays(params), {}
     parameters, beside = {}, {}
     for name, x in _named(params).items():

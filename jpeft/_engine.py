@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from . import _control, _moves, _products, _shim
-from ._node import Leaf, Matrix, is_param, rebox, value
+from ._node import Leaf, Matrix, is_param, rebox, value, whole
 from ._operands import fold_in
 from ._targets import Call, name_of
 from ._view import View
@@ -61,9 +61,9 @@ def evaluate(fn: Callable, params: Any, follow: Callable[[str, Any], bool], key:
         followed = follow(name, leaf) and bool(jax.tree.leaves(leaf))  # of a node without arrays nothing can be seen
         if followed:
             record.names[name] = leaf
-        whole = isinstance(leaf, Leaf)
-        plain.append(rebox(leaf, jax.eval_shape(value, leaf)) if whole else leaf)
-        for x in [leaf if isinstance(leaf, Matrix) else value(leaf)] if whole else jax.tree.leaves(leaf):
+        formula = isinstance(leaf, Leaf)
+        plain.append(rebox(leaf, whole(leaf)) if formula else leaf)
+        for x in [leaf if isinstance(leaf, Matrix) else value(leaf)] if formula else jax.tree.leaves(leaf):
             inputs.append(View.of(name, x) if followed else value(x))
 
     static: dict[str, Any] = {}

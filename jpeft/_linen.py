@@ -8,9 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from ._attention import at_work, passing
 from ._engine import Record
 from ._merge import beside
-from ._node import Additive, is_node, value
+from ._node import Additive, is_node, whole
 from ._shared import unshare
 from ._targets import Call, name_of
 
@@ -26,25 +27,40 @@ def additive_calls(record: Record, key: Any) -> Iterator[None]:
 
     They are read from the module's scope, where lifted transforms have sliced them already.
     """
-    active: list[Any] = []  # scopes at work: modules may share one (`nn.share_scope`), and its nodes act once
+    active: list[nn.Module] = []
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
-        if context.method_name != "__call__" or module.scope is None or module.scope in active:
+        # Modules may share a scope (`nn.share_scope`), and its nodes act once.
+        inside = module.scope is None or module.scope in [m.scope for m in active]
+        if inside or context.method_name != "__call__":
             return next_fun(*args, **kwargs)
-        active.append(module.scope)
+        active.append(module)
         try:
-            call = next_fun
+            call = _own(module, next_fun)
             for name, node in _beside(module):
                 call = _around(node, call, _key(module, name, node, key))
             y = call(*args, **kwargs)
+            _note(record, active, args, y)
         finally:
             active.pop()
-        _note(record, module, args, y)
         return y
 
-    with _door("apply"), nn.intercept_methods(interceptor):
+    with _door("apply"), at_work(active), nn.intercept_methods(interceptor):
         yield
+
+
+def _own(module: nn.Module, call: Callable) -> Callable:
+    """The module's own `call`, as often as the nodes beside it want it: each time its parts can have their names."""
+    changed = passing(module)
+    first = iter(() if changed else (call,))
+
+    @functools.wraps(call)
+    def own(*args, **kwargs):
+        run = next(first, None) or module.clone(parent=module.scope.rewound(), **changed)
+        return run(*args, **kwargs)
+
+    return own
 
 
 def _around(node: Additive, call: Callable, key: Any) -> Callable:
@@ -66,43 +82,47 @@ def _beside(module: nn.Module) -> list[tuple[str, Additive]]:
 
 
 def _key(module: nn.Module, name: str, node: Additive, key: Any) -> Any:
-    """A dropout key for a node that has dropout.
+    """A key for a node that draws random numbers, as for dropout.
 
     **Raises** `ValueError` where the call was given one, but a lifted transform keeps it from the module.
     """
-    if key is None or not getattr(node, "dropout", 0):
+    if key is None or not node.random:
         return None
     if not module.has_rng("dropout"):
         path = "/".join((*module.path, name))
         raise ValueError(
-            f"{path!r} has dropout, but its module cannot get a key: the transform around it (`nn.scan`, `nn.vmap`, "
-            '...) does not pass the "dropout" rng on. Give it `split_rngs={"params": True, "dropout": True}`, or set '
-            "the node's dropout to 0."
+            f"{path!r} has dropout or is random, but its module cannot get a key: the transform around it (`nn.scan`, "
+            '`nn.vmap`, ...) does not pass the "dropout" rng on. Give it `split_rngs={"params": True, "dropout": '
+            "True}`, or set the node's dropout to 0."
         )
     return module.make_rng("dropout")
 
 
-def _note(record: Record, module: nn.Module, args: Any, y: Any) -> None:
-    """Remember the sizes of what the module is called with and returns."""
+def _note(record: Record, active: list[nn.Module], args: Any, y: Any) -> None:
+    """Remember the sizes of what the innermost module is called with and returns."""
     sizes = [getattr(x, "shape", ()) for x in (args[0] if args else None, y[0] if isinstance(y, tuple) else y)]
     if all(len(s) for s in sizes):
-        call = Call(sizes[0][-1], sizes[1][-1], _stack(record, module), sizes[0])
-        record.modules.setdefault("/".join(module.path), call)
+        call = Call(sizes[0][-1], sizes[1][-1], _stack(record, active), sizes[0])
+        record.modules.setdefault("/".join(active[-1].path), call)
 
 
-def _stack(record: Record, module: nn.Module) -> tuple[int, ...] | None:
+def _stack(record: Record, active: list[nn.Module]) -> tuple[int, ...] | None:
     """The sizes of the axes of its parameters that a lifted transform has sliced away, if they came first.
 
     A module without parameters is stacked as the one around it is.
     """
-    while not jax.tree.leaves(_params(module)) and isinstance(module.parent, nn.Module):
-        module = module.parent
+    module = next((m for m in reversed(active) if not _is_bare(m)), active[0])
     for path, x in jax.tree_util.tree_leaves_with_path(_params(module)):
-        whole = record.names.get("/".join((*module.path, name_of(path))))
-        if whole is not None and not is_node(whole):
-            outer, inner = value(whole).shape, x.shape
+        leaf = record.names.get("/".join((*module.path, name_of(path))))
+        if leaf is not None and not isinstance(leaf, Additive):
+            outer, inner = whole(leaf).shape, x.shape
             return outer[: len(outer) - len(inner)] if outer[len(outer) - len(inner) :] == inner else None
     return ()
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether it has no parameters, but for what stands beside it."""
+    return all(isinstance(x, Additive) for x in jax.tree.leaves(_params(module), is_leaf=is_node))
 
 
 @contextlib.contextmanager

@@ -49,6 +49,11 @@ class Node(abc.ABC):  # noqa: B024 - what it asks of a subclass is fields
     roles: dict[str, Role] = dataclasses.field(init=False, repr=False)
     dims: dict[str, tuple[str, ...] | None] = dataclasses.field(init=False, repr=False)
 
+    # What lets nodes of a class be computed together: the axes that zeros may lengthen without any effect, and the
+    # arrays that the static number `scale` can be multiplied into.
+    grows = ()
+    scaled_by = ()
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.roles, cls.dims = {}, {}
@@ -71,6 +76,13 @@ class Node(abc.ABC):  # noqa: B024 - what it asks of a subclass is fields
     def parts(self, *roles: Role) -> dict[str, Any]:
         """The fields of the given roles, by name."""
         return {name: getattr(self, name) for name, role in self.roles.items() if role in roles}
+
+    def at_rest(self, task: int | None = None) -> "Node | None":
+        """The node of fewer arrays, if there is one, that computes the same in calls without a key; `None` for nothing.
+
+        `task` tells whose, of what is one for every task.
+        """
+        return self
 
 
 class Leaf(Node, meta.AxisMetadata):
@@ -236,6 +248,11 @@ class Amplified(Reparam):
 class Additive(Node):
     """Stands beside a module. Subclasses override one of these."""
 
+    @property
+    def random(self) -> bool:
+        """Whether it draws random numbers, where a call is given a `"dropout"` key: where it has dropout."""
+        return bool(getattr(self, "dropout", 0))
+
     def inputs(self, *args: jax.Array) -> tuple[jax.Array, ...]:
         """What the module is called with."""
         return args
@@ -245,7 +262,10 @@ class Additive(Node):
         return y
 
     def around(self, call: Callable, key: jax.Array | None, *args: Any, **kwargs: Any) -> Any:
-        """The call as a whole, for what `inputs` and `output` cannot say. `key` is there when dropout is on."""
+        """The call as a whole, for what `inputs` and `output` cannot say.
+
+        `key` is there where the call of the model has one, and the node is `random`.
+        """
         args = self.inputs(*args)
         return self.output(call(*args, **kwargs), *args)
 

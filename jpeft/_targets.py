@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import places
 from ._kernel import IN, OUT, STACK
 from ._node import Additive, is_param, whole
 from ._shared import SHARED
@@ -20,13 +21,8 @@ Targets = str | Sequence[str] | Mapping[str, str] | Callable[[str, Any], bool]
 # A value for every target, or patterns with the value of what they match: the first match wins.
 Option = Any
 
-TABLE = (
-    r"(.*/)?(word|word_embeddings|token|token_embed\w*|tok_embeddings|embed_tokens|embed|embedder|wte|shared)"
-    r"/(embedding|input_embedding)"
-)
-FEED_FORWARD = r"(.*/)?(\w*mlp|ffn|feed_forward)(_\d+)?"
-HEADS = ("lm_head", "head", "classifier", "classification_head", "logits", "output_layer", "score")
-HEAD = rf"(.*/)?({'|'.join(HEADS)})/kernel"
+TABLE = places.EMBEDDINGS + "/(embedding|input_embedding)"
+HEAD = places.LOGITS + "/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Call:
 
 
 class Sites(dict[str, Site]):
-    """`Site`s by path, with a table of them as text; `modules` holds a `Call` by path for the modules."""
+    """`Site`s by path; `modules` holds a `Call` by path for the modules. As text, tables of both."""
 
     modules: dict[str, Call]
 
@@ -70,8 +66,18 @@ class Sites(dict[str, Site]):
         for s in self.values():
             ops, flops = " ".join(s.ops) or "-", f"{s.flops / 1e9:.3g}"
             rows.append((s.path, str(s.shape), str(s.dtype), s.axes or "?", ops, flops))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        found = [("module", "place", "in", "out", "stacked over")]
+        for path, call in self.modules.items():
+            place = next((name for name, pattern in places.NAMES.items() if re.fullmatch(pattern, path)), None)
+            if place:
+                stack = "?" if call.stack is None else " ".join(map(str, call.stack))
+                found.append((path, place, str(call.features_in), str(call.features_out), stack))
+        return _table(rows) + ("\n\n" + _table(found) if len(found) > 1 else "")
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def name_of(path: Sequence) -> str:
@@ -98,7 +104,7 @@ def no_match(patterns: Sequence[str], names: Sequence[str], what: str = "paramet
         plain = re.sub(r"[\\.*+?^$()\[\]|]+", "", pattern)
         near = [n for n in names if re.search(pattern, n)] or difflib.get_close_matches(plain, names, 3, 0.5)
         lines.append(f"{pattern!r} matches no {what}." + (f" Near: {', '.join(near[:3])}." if near else ""))
-        heads = [head for head in HEADS if re.fullmatch(pattern, f"{head}/kernel")]
+        heads = [head for head in places.HEADS if re.fullmatch(pattern, f"{head}/kernel")]
         tables = [n for n in names if re.fullmatch(TABLE, n)]
         if heads and tables and not re.fullmatch(pattern, "other/kernel"):
             lines[-1] += f" An output head that is tied to the embeddings is one parameter with them: {tables[0]}."

@@ -10,7 +10,7 @@ import jax
 from ._kernel import STACK, fold, stacked
 from ._lazy import Lazy, read
 from ._merge import beside, folded_in
-from ._node import Additive, Affine, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value
+from ._node import Additive, Affine, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value, whole
 from ._shared import SHARED, resolve, unshare
 from ._targets import Call, Option, Sites, Targets, kernels, name_of, named_leaves, options, parameters, select
 
@@ -345,7 +345,7 @@ def modules(params: Params) -> dict[str, dict[str, Any]]:
 def _features(own: dict[str, Any], path: str, sites: Sites | None) -> Call | None:
     if sites is not None and path in sites.modules:
         return sites.modules[path]
-    shape = jax.eval_shape(value, own["kernel"]).shape if "kernel" in own and "kernel" in named_leaves(own) else ()
+    shape = whole(own["kernel"]).shape if "kernel" in own and "kernel" in named_leaves(own) else ()
     return Call(*shape, ()) if len(shape) == 2 else None
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._layout import UNKNOWN, Layout
-from ._node import Leaf, Matrix, Reparam, take, value
+from ._node import Leaf, Matrix, Reparam, take, value, whole
 from ._shared import unshare
 
 
@@ -26,7 +26,7 @@ class View:
 
     @classmethod
     def of(cls, name: str, node: Any) -> "View":
-        aval = jax.eval_shape(value, node)
+        aval = whole(node)
         letters = node.axes if isinstance(node, Matrix) else UNKNOWN * len(aval.shape)
         return cls(node, None, name, Layout.of(aval.shape, letters), (aval.dtype,), None, tuple(range(aval.ndim)))
 

@@ -1,6 +1,6 @@
 """Patterns of parameters by their kind, as models usually name them: targets of `unfreeze`."""
 
-from ._targets import HEADS
+from .places import LOGITS
 
 
 def _within(names: str) -> str:
@@ -16,4 +16,4 @@ CROSS_ATTENTION = _within("(cross|encdec|encoder)_?(attention|attn)")
 MLP = _within(r"mlp|ffn|feed_?forward|densereludense|intermediate|experts|fc_?\d")
 MLP = rf"(?:{MLP}|(.*/)?layer(/\d+)?/output/dense/.*)"
 EMBEDDING = r"(?i:(?!.*rel(ative)?_)(.*/)?(\w*embedding|pos_embed\w*|position|class_token|cls))"
-HEAD = rf"(.*/)?({'|'.join(HEADS)})/.*"
+HEAD = rf"{LOGITS}/.*"

@@ -1,12 +1,13 @@
 """The table of methods: a row here, and every law holds for the method or is excepted with its reason."""
 
 import math
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 
 import jpeft
-from jpeft.testing import LAYERS, Method, shaken
+from jpeft.testing import LAYERS, Method, shaken, subject
 
 
 STARTS_ELSEWHERE = "the model runs on more positions, and attends to the prompt from the first step on"
@@ -18,7 +19,17 @@ ROWS = {
     "unboxes": "a lifted transform slices all arrays alike, and refuses a parameter that is held in two parts",
     "scans": "of a stacked parameter some rows train; unrolled layers train or do not as a whole",
 }
+REFT = {"identity": "its matrices start at random, as the authors have it"}
+SIDE_BY_SIDE = {
+    "scans": "its arrays have an axis of adapters behind that of the layers, and its gates have none",
+    "unboxes": "a lifted transform would slice the gates, too, and refuses",
+    "saves": "which adapters act is a call's to say, and is not saved",
+}
 NO_WEIGHTS = dict.fromkeys(("merges", "unboxes"), "it acts on activations, and is no function of the weights")
+SIDE_NETWORK = {
+    "identity": "what goes into the head is the side network's",
+    "scans": "its side network is one node, of which the law does not know that it is stacked",
+}
 
 
 def _targeted(sites):
@@ -96,8 +107,39 @@ def _in_layers(share):
     return lambda params, sites: round(share * in_layers(sites))
 
 
+def _decoder(*sizes):
+    """Random layers of these sizes."""
+    normal = lambda n, shape: jax.random.normal(jax.random.key(n), shape)
+    return tuple((normal(n, pair) / pair[0] ** 0.5, normal(n, pair[1:])) for n, pair in enumerate(pairwise(sizes)))
+
+
 def _bottleneck(width, modules):
     return lambda params, sites: LAYERS * sum(width * (i + o) + width + o for i, o in modules)
+
+
+def _adapters(params, sites, key):
+    """Two bottlenecks that have trained, each in a tree of its own."""
+    trees = [jpeft.bottleneck(params, width=3, sites=sites, key=k) for k in jax.random.split(key)]
+    parts = [(jpeft.partition(tree), jax.random.fold_in(key, n)) for n, tree in enumerate(trees)]
+    return [jpeft.combine(shaken(trainable, k, 0.3), frozen) for (trainable, frozen), k in parts]
+
+
+def _stack(make):
+    """Two adapters side by side, and a choice: a half of one, and twice the other."""
+
+    def both(params, sites, key):
+        trees = [make(params, sites, k) for k in jax.random.split(key)]
+        return jpeft.activate(jpeft.stack(trees), jpeft.Average(0, 1, weights=[0.5, 2.0]))
+
+    return both
+
+
+def _unipelt(values):
+    """LoRA at queries and values, an adapter, and four gates, of each layer."""
+    return LAYERS * (2 * (16 + 16) + 2 * (16 + values) + 2 * 4 * 16 + 4 + 16 + 4 * (16 + 1))
+
+
+READER = 16 * 8 + 8  # what a side network of half the width reads the model through
 
 
 def _inputs_of(sites):
@@ -443,6 +485,117 @@ METHODS = [
         exceptions=NO_WEIGHTS,
     ),
     Method(
+        "double_norm",
+        lambda p, s, key: jpeft.bottleneck(p, width=3, placement="double_norm", sites=s, key=key),
+        _bottleneck(3, [(16, 16)]),
+        model="encoder",
+        exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "parallel_learned",
+        lambda p, s, key: jpeft.bottleneck(p, reduction=4, placement="parallel", scale="learned", sites=s, key=key),
+        lambda params, sites: _bottleneck(4, [(16, 16)])(params, sites) + LAYERS,
+        exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "adapter_plus",
+        lambda p, s, key: jpeft.bottleneck(
+            p, width=3, placement="block", scale="channel", stochastic_depth=0.1, init="adapter_plus", sites=s, key=key
+        ),
+        lambda params, sites: _bottleneck(3, [(16, 16)])(params, sites) + LAYERS * 16,
+        exceptions=NO_WEIGHTS | {"identity": "its start, a normal of deviation 0.01, is near the identity"},
+    ),
+    Method(
+        "sparse_adapter",
+        lambda p, s, key: jpeft.sparse_adapter(jpeft.bottleneck(p, width=4, init="bert", sites=s, key=key))[0],
+        _bottleneck(4, [(16, 16), (16, 16)]),
+        exceptions=NO_WEIGHTS | {"identity": "what starts at zero has no scores"},
+    ),
+    Method(
+        "invertible",
+        lambda p, s, key: jpeft.invertible(p, key=key),
+        lambda params, sites: 2 * (2 * 8 * 4 + 4 + 8),
+        exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "invertible_encoder",
+        lambda p, s, key: jpeft.invertible(p, inverse=None, key=key),
+        lambda params, sites: 2 * (2 * 8 * 4 + 4 + 8),
+        model="encoder",
+        exceptions=NO_WEIGHTS,
+    ),
+    *(
+        Method(
+            name,
+            lambda p, s, key, o=options: jpeft.compacter(p, terms=2, reduction=4, sites=s, key=key, **o),
+            lambda params, sites, count=count: count,
+            exceptions=NO_WEIGHTS | {"identity": "its start, a product of small random factors, is near the identity"},
+        )
+        for name, options, count in (
+            ("compacter", {"placement": "compacter"}, 2**3 + LAYERS * 2 * (2 * (16 + 4) + 4 + 16)),
+            ("compacter_plus", {"placement": "compacter++", "rank": 2}, 2**3 + LAYERS * (2 * 2 * (16 + 4) + 4 + 16)),
+            ("phm", {"rank": None, "rule": "own"}, LAYERS * 2 * (2**3 + 2 * 16 * 4 // 2 + 4 + 16)),
+        )
+    ),
+    Method(
+        "adamix",
+        lambda p, s, key: jpeft.adamix(p, experts=3, width=4, sites=s, key=key),
+        lambda params, sites: LAYERS * (3 * (16 + 1) * 4 + (4 + 1) * 16),
+        exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "adamix_lora",
+        lambda p, s, key: jpeft.adamix_lora(p, experts=4, rank=3, alpha=6, sites=s, key=key),
+        lambda params, sites: sum(s * 3 * (4 * i + o) for s, i, o in _kernels(sites)),
+    ),
+    Method(
+        "moe_lora",
+        lambda p, s, key: jpeft.moe_lora(p, rank=2, experts=3, alpha=4, sites=s, key=key),
+        lambda params, sites: sum(n * 3 * (i + 2 * (i + o)) for n, i, o in _kernels(sites)),
+        exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "moe_lora_top",
+        lambda p, s, key: jpeft.moe_lora(p, rank=2, experts=4, top=2, sites=s, key=key),
+        lambda params, sites: sum(n * 4 * (i + 2 * (i + o)) for n, i, o in _kernels(sites)),
+        model="encoder",
+        exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "poly",
+        lambda p, s, key: jpeft.poly(p, rank=2, skills=3, sites=s, key=key),
+        lambda params, sites: sum(n * 3 * (1 + 2 * (i + o)) for n, i, o in _kernels(sites)),
+        exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "mhr",
+        lambda p, s, key: jpeft.poly(p, rank=2, skills=3, splits=4, alpha=2, sites=s, key=key),
+        lambda params, sites: sum(n * 3 * (4 + 2 * (i + o)) for n, i, o in _kernels(sites)),
+        model="encoder",
+        exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "fusion",
+        lambda p, s, key: jpeft.fuse(_adapters(p, s, key), sites=s),
+        lambda params, sites: LAYERS * 2 * (3 * 16**2 + 16),
+        exceptions=NO_WEIGHTS | {"identity": "it starts from adapters that have trained"},
+    ),
+    *(
+        Method(
+            name,
+            lambda p, s, key, o=options: jpeft.reft(p, rank=3, sites=s, key=key, **o),
+            lambda params, sites: LAYERS * 3 * (16 + 16 + 1),
+            model=model,
+            exceptions=NO_WEIGHTS | exceptions,
+        )
+        for name, model, options, exceptions in (
+            ("loreft", "decoder", {}, REFT),
+            ("loreft_identity", "encoder", {"init": "identity", "positions": "f2"}, {}),
+            ("noreft", "decoder", {"method": "noreft", "positions": "l3"}, REFT),
+            ("direft", "decoder", {"method": "direft", "positions": "all"}, REFT),
+        )
+    ),
+    Method(
         "prefix",
         lambda p, s, key: jpeft.prefix(p, length=3, sites=s, key=key),
         lambda params, sites: LAYERS * 2 * 3 * 8,
@@ -454,6 +607,53 @@ METHODS = [
         lambda params, sites: LAYERS * 2 * 3 * 16,
         model="encoder",
         exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "prefix_network",
+        lambda p, s, key: jpeft.prefix(p, length=3, width=5, sites=s, key=key),
+        lambda params, sites: 3 * 8 + 8 * 5 + 5 + LAYERS * (5 + 1) * 2 * 8,
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "llama_adapter",
+        lambda p, s, key: jpeft.llama_adapter(p, length=3, sites=s, key=key),
+        lambda params, sites: LAYERS * (3 * 16 + 1),
+        exceptions=NO_WEIGHTS,
+    ),
+    Method(
+        "mam",
+        lambda p, s, key: jpeft.mam(p, length=3, prefix_width=None, width=4, sites=s, key=key),
+        lambda params, sites: LAYERS * (2 * 3 * 8 + 2 * 4 * 16 + 4 + 16),
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "unipelt",
+        lambda p, s, key: jpeft.unipelt(p, rank=2, length=3, prefix_width=5, width=4, sites=s, key=key),
+        lambda params, sites: _unipelt(8) + 3 * 8 + 8 * 5 + 5 + LAYERS * (5 + 1) * 2 * 8,
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "unipelt_encoder",
+        lambda p, s, key: jpeft.unipelt(p, rank=2, length=3, prefix_width=None, width=4, sites=s, key=key),
+        lambda params, sites: _unipelt(16) + LAYERS * 2 * 3 * 16,
+        model="encoder",
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "ladder",
+        lambda p, s, key: jpeft.ladder(p, model=subject(scan="layers" in p).model, reduction=2, key=key),
+        lambda params, sites: LAYERS * (READER + 192 + 3 * 8 * 16 + 2 * 8 + 1) + READER + 8 + 8 * 16 + 16,
+        exceptions=NO_WEIGHTS | SIDE_NETWORK,
+    ),
+    Method(
+        "ladder_encoder",
+        lambda p, s, key: jpeft.ladder(p, model=subject("encoder", "layers" in p).model, reduction=2, key=key),
+        lambda params, sites: (
+            LAYERS * (READER + 4 * (8 + 1) * 8 + 2 * 8 * 16 + 16 + 8 + 4 * 8 + 1)
+            + READER + (12 + 2) * 8 + 2 * 8 + 8 * 16 + 16
+        ),
+        model="encoder",
+        exceptions=NO_WEIGHTS | SIDE_NETWORK,
     ),
     Method(
         "ptuning_mlp",
@@ -474,6 +674,24 @@ METHODS = [
         exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
     ),
     Method(
+        "intrinsic_prompt",
+        lambda p, s, key: jpeft.intrinsic_prompt(p, decoder=_decoder(5, 7, 4 * 16), length=4, key=key),
+        lambda params, sites: 5,
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "cpt",
+        lambda p, s, key: jpeft.cpt(p, ids=[9, 3, 4, 5, 7], types=[0, 1, 2, 3, 4], epsilon=9.0),
+        lambda params, sites: 3 * 16,
+        exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "prompt_placeholder",
+        lambda p, s, key: jpeft.prompt(p, length=1, placeholder=0, key=key),
+        lambda params, sites: 16,
+        exceptions=NO_WEIGHTS | {"identity": "another embedding is in the place of a token"},
+    ),
+    Method(
         "prompt",
         lambda p, s, key: jpeft.prompt(p, length=4, key=key),
         lambda params, sites: 4 * 16,
@@ -485,5 +703,17 @@ METHODS = [
         lambda params, sites: 4 * 16,
         model="encoder",
         exceptions=NO_WEIGHTS | {"identity": STARTS_ELSEWHERE},
+    ),
+    Method(
+        "stack",
+        _stack(lambda p, s, key: jpeft.lora(p, rank=3, alpha=6, sites=s, key=key)),
+        lambda params, sites: 2 * _low_rank(3)(params, sites),
+        exceptions=SIDE_BY_SIDE,
+    ),
+    Method(
+        "stack_of_bottlenecks",
+        _stack(lambda p, s, key: jpeft.bottleneck(p, width=3, sites=s, key=key)),
+        lambda params, sites: 2 * _bottleneck(3, [(16, 16)] * 2)(params, sites),
+        exceptions=NO_WEIGHTS | SIDE_BY_SIDE,
     ),
 ]

@@ -10,13 +10,13 @@ from jpeft.testing import LAWS, cases, subject
 
 
 ALL = ("lora", "bitfit", "prompt")  # of these all cases are quick
-SLOW = ("unboxes", "scans", "maps", "compiles")
+SLOW = ("unboxes", "freezes", "scans", "maps", "compiles", "keeps_dtypes")
 
 
 def case(method, law, base, scan):
     name = f"{method.name}-{law}-{base}-{'scanned' if scan else 'unrolled'}"
     marks = [pytest.mark.xdist_group(method.name)]
-    on_float = "nf4" in method.exceptions or law == "keeps_dtypes"
+    on_float = "nf4" in method.exceptions
     quick = (base, scan) == (("float", False) if on_float else ("nf4", True)) and law not in SLOW
     if not quick and method.name not in ALL:
         marks.append(pytest.mark.slow)

@@ -36,8 +36,15 @@ def tuned(name, params, seed):
     return jpeft.combine(shaken(trainable, jax.random.key(seed + 1)), frozen)
 
 
-@pytest.mark.parametrize("base", ["float", pytest.param("nf4", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("inner", "outer"), list(itertools.product(NAMES, NAMES)))
+QUICK = ("lora", "dora")  # pairs with these on a float base; all others run after the rest
+
+
+def case(base, inner, outer):
+    marks = [] if base == "float" and {inner, outer} & set(QUICK) else [pytest.mark.slow]
+    return pytest.param(base, inner, outer, marks=marks)
+
+
+@pytest.mark.parametrize(("base", "inner", "outer"), [case(*x) for x in itertools.product(BASES, NAMES, NAMES)])
 def test_nested(inner, outer, base):
     once = tuned(inner, BASES[base], 2)
     twice = tuned(outer, once, 4)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._node import Affine, Static, Trainable, widened
 from .._targets import Sites, Targets
 from .._tree import Params, attach, transform
-from ._bottleneck import MLP_OUT
+from ..places import FEED_FORWARD_OUTPUT
 
 
 class IA3(Affine):
@@ -53,7 +53,7 @@ def ia3(
     params: Params,
     *,
     targets: Targets | None = KEYS_AND_VALUES,
-    feedforward: Targets | None = MLP_OUT,
+    feedforward: Targets | None = FEED_FORWARD_OUTPUT,
     sites: Sites | None = None,
     key: jax.Array | None = None,
 ) -> Params:

@@ -18,6 +18,7 @@ class MPT(SoftPrompt):
     Learning](https://arxiv.org/abs/2303.02861), ICLR 2023.
     """
 
+    rows: Trainable[jax.Array]  # (length, features)
     u: Trainable[jax.Array]  # (tasks, length, rank)
     v: Trainable[jax.Array]  # (tasks, rank, features)
 
@@ -36,12 +37,13 @@ def mpt(
     rank: int = 1,
     length: int = 20,
     init: Any = "vocabulary",
+    placeholder: int | None = None,
     factors: Literal["ones", "normal"] = "ones",
     targets: Targets = TABLE,
     within: str = "",
     key: jax.Array | None = None,
 ) -> Params:
-    r"""Put a prompt before every sequence that depends on its task. See `MPT`.
+    r"""Put a prompt that depends on its task before every sequence, or into it. See `MPT`.
 
     Calls say which: `jpeft.apply(model, variables, ids, task_ids=tasks)`, with a number for every example. With one
     task they need not. `jpeft.collapse(params, task=k)` leaves the prompt of task `k` alone.
@@ -50,7 +52,7 @@ def mpt(
 
     - `tasks`: how many.
     - `rank`: of $u_k v_k$.
-    - `length`, `init`, `targets`, `within`: as for `prompt`; `init` is of the shared rows.
+    - `length`, `init`, `placeholder`, `targets`, `within`: as for `prompt`; `init` is of the shared rows.
     - `factors`: `"ones"`: $u_k v_k$ starts as ones, so that all tasks have the shared prompt. `"normal"`: both of
       deviation 0.02, which makes a prompt of nearly zero.
     - `key`: for `init` and `factors`; `jax.random.key(0)` if left out.
@@ -68,5 +70,5 @@ def mpt(
             u, v = jnp.zeros_like(u).at[:, :, 0].set(1), v.at[:, 0].set(1)
         return MPT(rows=rows.astype(jnp.float32), u=u, v=v)
 
-    how = {"length": length, "init": init, "targets": targets, "within": within, "key": key_rows}
-    return put_prompt(params, new, tasks=True, **how)
+    how = {"length": length, "init": init, "placeholder": placeholder, "targets": targets, "within": within}
+    return put_prompt(params, new, **how, tasks=True, key=key_rows)

@@ -21,6 +21,7 @@ class PTuning(SoftPrompt):
     Liu et al., [GPT Understands, Too](https://arxiv.org/abs/2103.10385), 2021.
     """
 
+    rows: Trainable[jax.Array]  # (length, features)
     mlp: Trainable[Any]  # of every layer (kernel (in, out), bias (out,))
     lstm: Trainable[Any] = ()  # of every layer two directions: (input (in, 4 width), state (width, 4 width), bias)
 
@@ -57,11 +58,12 @@ def ptuning(
     encoder: Literal["mlp", "lstm"] = "mlp",
     layers: int = 2,
     init: Any = "vocabulary",
+    placeholder: int | None = None,
     targets: Targets = TABLE,
     within: str = "",
     key: jax.Array | None = None,
 ) -> Params:
-    r"""Put `length` embeddings that a trainable network makes before every sequence. See `PTuning`.
+    r"""Put `length` embeddings that a trainable network makes before every sequence, or into it. See `PTuning`.
 
     After training `collapse` leaves the embeddings alone: a `Prompt`.
 
@@ -72,7 +74,7 @@ def ptuning(
     - `encoder`: `"mlp"`: three layers. `"lstm"`: a bidirectional LSTM, and two layers.
     - `layers`: of the LSTM.
     - `init`: what the network starts from, $E$: as for `prompt`.
-    - `targets`, `within`: as for `prompt`.
+    - `placeholder`, `targets`, `within`: as for `prompt`.
     - `key`: for `init` and the network; `jax.random.key(0)` if left out.
 
     **Raises** `ValueError` for an unknown encoder, a width or a number of layers below one, and as `prompt` does.
@@ -89,19 +91,20 @@ def ptuning(
         sizes = (features, inner, inner, features) if encoder == "mlp" else (2 * inner, 2 * inner, features)
         pairs = list(itertools.pairwise(sizes))
         keys = jax.random.split(key_mlp, len(pairs))
-        mlp = tuple(_uniform(k, i, (i, o), (o,)) for k, (i, o) in zip(keys, pairs, strict=True))
+        mlp = tuple(uniform(k, i, (i, o), (o,)) for k, (i, o) in zip(keys, pairs, strict=True))
 
         def layer(n, key):
             shapes = (2 * inner if n else features, 4 * inner), (inner, 4 * inner), (4 * inner,)
-            return tuple(_uniform(k, inner, *shapes) for k in jax.random.split(key))
+            return tuple(uniform(k, inner, *shapes) for k in jax.random.split(key))
 
         keys = jax.random.split(key_lstm, layers if encoder == "lstm" else 0)
         return PTuning(rows=rows, mlp=mlp, lstm=tuple(layer(n, k) for n, k in enumerate(keys)))
 
-    return put_prompt(params, new, length=length, init=init, targets=targets, within=within, key=key_rows)
+    how = {"length": length, "init": init, "placeholder": placeholder, "targets": targets, "within": within}
+    return put_prompt(params, new, **how, key=key_rows)
 
 
-def _uniform(key: jax.Array, size: int, *shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+def uniform(key: jax.Array, size: int, *shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """The arrays of a layer as torch's start: between -1 and 1 over the root of a size."""
     keys = jax.random.split(key, len(shapes))
     return tuple(jax.random.uniform(k, s, minval=-1, maxval=1) / size**0.5 for k, s in zip(keys, shapes, strict=True))

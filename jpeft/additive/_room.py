@@ -5,6 +5,7 @@ import contextvars
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +16,19 @@ from ..models._loss import IGNORED
 
 
 class Opened(NamedTuple):
-    """What the prompts inside a `Room` have to know."""
+    """What the prompts inside a `Room` or a `Template` have to know."""
 
-    length: int  # how many positions there are before the tokens; none where a cache has the prompts
+    length: int = 0  # how many positions there are before the tokens
+    cached: bool = False  # whether there are none because a cache has the prompts
     ids: Any = None  # the token ids, with those positions
     decodes: bool = False  # whether a decoder's ids may go through the same embedding
     tasks: Any = None  # (batch,) of every example
+    keep: bool = False  # whether results keep the positions of prompts
+    places: Mapping[int, jax.Array] = MappingProxyType({})  # of the tokens that prompts take the places of
 
-    def is_before(self, ids: jax.Array) -> bool:
-        """Whether prompts belong before the embeddings of these ids."""
-        return self.length > 0 and (ids is self.ids or not self.decodes)
+    def has(self, ids: jax.Array) -> bool:
+        """Whether these ids are those that prompts belong to: not a decoder's, where there is an encoder."""
+        return ids is self.ids or not self.decodes
 
 
 _opened: contextvars.ContextVar[Opened | None] = contextvars.ContextVar("opened", default=None)
@@ -32,7 +36,7 @@ opened = _opened.get
 
 
 @contextlib.contextmanager
-def _open(room: Opened) -> Iterator[None]:
+def opening(room: Opened) -> Iterator[None]:
     token = _opened.set(room)
     try:
         yield
@@ -45,7 +49,8 @@ class Room(Additive):
 
     Masks let them be attended to, position ids move up by `length`, type ids repeat the first token's, all segments see
     them, and a cache gets slots for them. Of results, those that have the sequence as the second of three axes or more
-    are cut back to the tokens, and with labels those of two axes, too: losses. Caches are not cut.
+    are cut back to the tokens, and with labels those of two axes, too: losses. Caches are not cut. A call with
+    `keep_prompt=True` cuts nothing.
 
     A cache that has been filled has the prompt: later calls pass, their position ids moved up. Where there is a
     decoder, what is its own is left as it is: the prompt is the encoder's.
@@ -56,22 +61,21 @@ class Room(Additive):
     tasks: Static[bool] = False  # whether the model is called with `task_ids` (batch,) for the prompts
 
     def around(self, call, key, *args, **kwargs):
-        outer = opened() or Opened(0)
-        tasks = kwargs.pop("task_ids", None) if self.tasks else outer.tasks
+        keep = kwargs.pop("keep_prompt", (opened() or Opened()).keep)
+        outer = entered(self.tasks, kwargs)._replace(keep=keep)
         given = inspect.signature(call).bind(*args, **kwargs)
         cache = given.arguments.get("cache")
         if cache is not None and cache.filled:
             if given.arguments.get("position_ids") is not None:
                 given.arguments["position_ids"] += self.length
-            with _open(Opened(0)):
+            with opening(outer._replace(length=0, cached=True)):
                 return call(*given.args, **given.kwargs)
-        decodes = any(name.startswith("decoder_") for name in given.signature.parameters)
-        theirs = [name for name in given.arguments if decodes and re.match("decoder_|labels|cache", name)]
+        decodes, theirs = decoders(given)
         ids, total = self._widen(given.arguments, theirs)
-        room = Opened(outer.length + self.length, given.arguments[ids], decodes, tasks)
-        with _open(room):
+        room = outer._replace(length=outer.length + self.length, ids=given.arguments[ids], decodes=decodes)
+        with opening(room):
             y = call(*given.args, **given.kwargs)
-        if decodes:
+        if decodes or keep:
             return y
         least = 2 if given.arguments.get("labels") is not None else 3
         is_cache = lambda x: cache is not None and isinstance(x, type(cache))
@@ -80,16 +84,39 @@ class Room(Additive):
 
     def _widen(self, arguments: dict[str, Any], theirs: list[str]) -> tuple[str, int]:
         """Widen all `arguments` but `theirs`; return the name of the token ids, and how many there are then."""
-        arrays = {n: x for n, x in arguments.items() if hasattr(x, "dtype") and hasattr(x, "ndim") and n not in theirs}
-        ids = next((n for n, x in arrays.items() if x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.integer)), None)
-        if ids is None:
-            raise ValueError("A prompt stands before token ids (batch, sequence), and this model is called with none.")
+        arrays = arrays_of(arguments, theirs)
+        ids = token_ids(arrays)
         tokens = arrays[ids].shape[1]
         check_limit(tokens, self.length, self.limit)
         arguments |= {name: _widened(name, x, tokens, self.length) for name, x in arrays.items()}
         if "cache" in arguments and "cache" not in theirs and arguments["cache"] is not None:
             arguments["cache"] = arguments["cache"].grow(self.length)
         return ids, tokens + self.length
+
+
+def entered(tasks: bool, kwargs: dict[str, Any]) -> Opened:
+    """What prompts know so far, with the `task_ids` that are taken out of a call's arguments, where it has `tasks`."""
+    outer = opened() or Opened()
+    return outer._replace(tasks=kwargs.pop("task_ids", outer.tasks)) if tasks else outer
+
+
+def decoders(given: inspect.BoundArguments) -> tuple[bool, list[str]]:
+    """Whether a model has a decoder beside an encoder, and the names of the arguments that are the decoder's."""
+    decodes = any(name.startswith("decoder_") for name in given.signature.parameters)
+    return decodes, [name for name in given.arguments if decodes and re.match("decoder_|labels|cache", name)]
+
+
+def arrays_of(arguments: Mapping[str, Any], theirs: list[str]) -> dict[str, jax.Array]:
+    """The arrays among a call's arguments, but for `theirs`."""
+    return {n: x for n, x in arguments.items() if hasattr(x, "dtype") and hasattr(x, "ndim") and n not in theirs}
+
+
+def token_ids(arrays: Mapping[str, jax.Array]) -> str:
+    """The name of the token ids; **raises** `ValueError` where there are none."""
+    ids = next((n for n, x in arrays.items() if x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.integer)), None)
+    if ids is None:
+        raise ValueError("A prompt stands before token ids (batch, sequence), and this model is called with none.")
+    return ids
 
 
 def _widened(name: str, x: jax.Array, tokens: int, length: int) -> jax.Array:

@@ -11,6 +11,7 @@ from jax import Array
 
 from .._apply import apply
 from .._tree import Params
+from ..additive._positions import NONE, Ranks, ranks_of, told
 from ._sampling import Sampling, choose
 
 
@@ -22,6 +23,7 @@ class Constants(NamedTuple):
     stop_tokens: Array  # (any number,)
     pad_token: Array
     key: Array
+    options: dict[str, Array]  # of every call of the model: `task_ids`
 
 
 class Prompt(NamedTuple):
@@ -49,14 +51,17 @@ def encodes(model: nn.Module) -> bool:
 
 
 @partial(jax.jit, static_argnames=("model", "slots", "penalty"))
-def start(model: nn.Module, params: Params, prompt: Prompt, *, slots: int, penalty: bool) -> State:
+def start(
+    model: nn.Module, params: Params, prompt: Prompt, options: dict[str, Array], *, slots: int, penalty: bool
+) -> State:
     """The model reads all but the last token of every row, into a cache of `slots` tokens."""
     ids, mask = prompt.ids, prompt.mask
     batch = len(ids)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    names = _arguments(model, ids[:, :-1], mask[:, :-1], positions[:, :-1]) | prompt.source
+    names = _arguments(model, ids[:, :-1], mask[:, :-1], positions[:, :-1]) | prompt.source | options
     # The logits are not used, and XLA does not compute them: those of a long prompt would take more than the model.
-    logits, cache = apply(model, {"params": params}, **names, cache=model.init_cache(batch, slots))
+    with told(jax.tree.map(lambda x: x[:, :-1], ranks_of(mask))):
+        logits, cache = apply(model, {"params": params}, **names, cache=model.init_cache(batch, slots))
     seen = None
     if penalty:
         seen = jnp.zeros((batch, logits.shape[-1]), bool).at[jnp.arange(batch)[:, None], ids].max(mask)
@@ -72,9 +77,13 @@ def _arguments(model: nn.Module, ids: Array, mask: Array, positions: Array) -> d
 def _step(model: nn.Module, constants: Constants, state: State) -> State:
     """The next token of every row that has not ended."""
     ids = state.tokens[:, None]
-    names = _arguments(model, ids, jnp.ones_like(ids, bool), state.positions[:, None])
+    names = _arguments(model, ids, jnp.ones_like(ids, bool), state.positions[:, None]) | constants.options
+    # The first of them is the prompt's last: what comes before it is as many as its position, and behind it nothing.
+    ranks = Ranks(state.positions[:, None], jnp.zeros_like(ids))
+    ranks = jax.tree.map(lambda x: jnp.where(state.steps == 0, x, NONE), ranks)
     # What only the prompt goes through, as an encoder and its adapters, is unused here.
-    logits, cache = apply(model, {"params": constants.params}, **names, cache=state.cache, allow_unused=True)
+    with told(ranks):
+        logits, cache = apply(model, {"params": constants.params}, **names, cache=state.cache, allow_unused=True)
     key = jax.random.fold_in(constants.key, state.steps)
     tokens = choose(logits[:, -1], state.seen, constants.sampling, key)
     tokens = jnp.where(state.done, constants.pad_token, tokens)

@@ -64,6 +64,7 @@ def generate(
     key: jax.Array | None = None,
     pad_to_multiple_of: int = 1,
     cache_length: int | None = None,
+    task_ids: Any = None,
 ) -> Generated:
     """Continue every row of `input_ids`, with the most probable tokens or, given a `temperature`, by chance.
 
@@ -90,6 +91,7 @@ def generate(
     - `pad_to_multiple_of`: lengthens the prompts, so that those of like lengths share what is compiled.
     - `cache_length`: how many tokens the model is to have room for, so that all prompts share the compiled loop; if
       left out, as many as this call needs.
+    - `task_ids`: `(batch,)` integers, the tasks of the rows, where nodes ask for them: `MPT`, `Poly`.
 
     The numbers mean what they do in transformers, and work in its order. **Raises** `ValueError`, with every fault, for
     prompts and options that make no sense or contradict each other, and for more tokens than the model has positions.
@@ -98,7 +100,7 @@ def generate(
         model, params, input_ids, attention_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop_tokens=stop_tokens,
         stop_strings=stop_strings, tokenizer=tokenizer, pad_token=pad_token, key=key,
-        pad_to_multiple_of=pad_to_multiple_of, cache_length=cache_length,
+        pad_to_multiple_of=pad_to_multiple_of, cache_length=cache_length, task_ids=task_ids,
     )  # fmt: skip
     if stop_strings:
         pieces = list(_pieces(asked))
@@ -124,9 +126,9 @@ def stream(
 
 
 def _start(asked: Request) -> _decoding.State:
-    params, sampling, *_ = asked.constants
+    params, sampling, *_, options = asked.constants
     penalty = sampling.repetition_penalty is not None
-    return _decoding.start(asked.model, params, asked.prompt, slots=asked.slots, penalty=penalty)
+    return _decoding.start(asked.model, params, asked.prompt, options, slots=asked.slots, penalty=penalty)
 
 
 def _pieces(asked: Request) -> Iterator[Piece]:

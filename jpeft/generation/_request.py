@@ -42,6 +42,7 @@ def request(
     key: jax.Array | None,
     pad_to_multiple_of: int,
     cache_length: int | None,
+    task_ids: Any,
     **sampling: Any,
 ) -> Request:
     """Raises a ValueError with all that is wrong with the arguments of `generate`."""
@@ -56,6 +57,9 @@ def request(
         faults.append(f"`stop_tokens` is {stop_tokens} and `pad_token` {pad_token}: a sequence of token ids, and one")
     if isinstance(stop_strings, str) or not all(stop_strings):
         faults.append(f"`stop_strings` is {stop_strings!r}: a sequence of strings, none of them empty")
+    tasks = None if task_ids is None else np.asarray(task_ids)
+    if tasks is not None and (tasks.shape != ids.shape[:1] or not np.issubdtype(tasks.dtype, np.integer)):
+        faults.append(f"`task_ids` are {tasks.dtype} {tasks.shape}, for {ids.shape[:1]} rows: an integer for each")
     if stop_strings and tokenizer is None:
         faults.append("`stop_strings` are looked for in the text, and there is no `tokenizer` to make it")
     _raise(faults)
@@ -80,8 +84,9 @@ def request(
     _raise(faults)
 
     pad_token = (*stop_tokens, 0)[0] if pad_token is None else pad_token
+    options = {} if tasks is None else {"task_ids": tasks.astype(np.int32)}
     constants = Constants(
-        params, _sampling(**sampling), np.array(stop_tokens, np.int32), np.int32(pad_token), default(key)
+        params, _sampling(**sampling), np.array(stop_tokens, np.int32), np.int32(pad_token), default(key), options
     )
     prompt = Prompt(*_aligned(ids, mask, seq, left=True), source)
     return Request(model, constants, prompt, slots, max_new_tokens, tokenizer, stop_strings)

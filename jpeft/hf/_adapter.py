@@ -70,6 +70,8 @@ def load_adapter(name: str | Path, params: Params, *, model: nn.Module | None = 
         raise _refusal(directory, found.faults)
     try:
         params = _placed(params, nodes, found, tree)
+        if form.around is not None:
+            params = place(params, {"": form.around}, type(form.around).__name__.lower())
         if form.wide is None:
             return params
         return form.wide.put(params, tree, filled, {name: jnp.asarray(x) for name, x in found.wide.items()})

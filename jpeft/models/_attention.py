@@ -61,24 +61,27 @@ class Attention(nn.Module):
         """x (batch, seq, d) -> (batch, seq, d); with a cache -> that and the cache, which has the new keys.
 
         mask as `attend` takes it, rotation as `rotate` does; context (batch, keys, d) is what is attended to, x itself
-        where it is left out.
+        where it is left out. It has no positions: its keys are not rotated.
         """
         dense = partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         width = self.head_dim or x.shape[-1] // self.heads
         if self.fused:
             sizes = self.heads * width, self.key_value_heads * width
-            qkv = dense(sizes[0] + 2 * sizes[1], name="qkv")(x)
-            query, key, value = jnp.split(qkv, [sizes[0], sum(sizes)], axis=-1)
+            qkv = dense(sizes[0] + 2 * sizes[1], name="qkv")
+            parts = lambda x: jnp.split(qkv(x), [sizes[0], sum(sizes)], axis=-1)
+            query, key, value = parts(x)
+            if context is not None:
+                _, key, value = parts(context)
         else:
-            context = x if context is None else context
+            source = x if context is None else context
             query = dense(self.heads * width, name="query")(x)
-            key = dense(self.key_value_heads * width, name="key")(context)
-            value = dense(self.key_value_heads * width, name="value")(context)
+            key = dense(self.key_value_heads * width, name="key")(source)
+            value = dense(self.key_value_heads * width, name="value")(source)
         query, key, value = (y.reshape(*y.shape[:-1], y.shape[-1] // width, width) for y in (query, key, value))
         if self.qk_norm is not None:
             query, key = self.qk_norm(name="query_norm")(query), self.qk_norm(name="key_norm")(key)
         if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+            query, key = rotate(query, rotation), rotate(key, rotation) if context is None else key
         if cache is not None:
             key, value, cache = cache.write(key, value)
         key, value, mask = KeysAndValues(name="kv")(key, value, mask)

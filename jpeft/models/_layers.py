@@ -131,7 +131,7 @@ def apply_layers(
     if scan:
         step = nn.scan(
             step,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},  # what layers sow comes out stacked
             split_rngs={"params": True, "dropout": True},  # the model has no dropout; adapters inside it may
             in_axes=(nn.broadcast, 0),
             length=count,

@@ -63,7 +63,7 @@ def run(
     kept = None if resume is None else _Kept(Path(resume).absolute(), what, carry, params, options)
     done, carry = (0, carry) if kept is None else kept.load(carry)
     count = 0
-    for count, batch in enumerate(_shown(batches, what, progress), 1):
+    for count, batch in enumerate(shown(batches, what, progress), 1):
         if count > done:
             jax.block_until_ready(carry)  # or batches would queue up on the device
             carry = step(carry, params, batch)
@@ -78,7 +78,7 @@ def run(
     return carry
 
 
-def _shown(batches: Iterable[Batch], what: str, progress: bool) -> Iterable[Batch]:
+def shown(batches: Iterable[Batch], what: str, progress: bool) -> Iterable[Batch]:
     """The batches, with a bar that tells how many of them are through."""
     if not (progress and sys.stderr.isatty()):
         return batches

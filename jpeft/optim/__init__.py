@@ -6,6 +6,7 @@ from ._apollo import apollo as apollo
 from ._badam import badam as badam
 from ._fira import fira as fira
 from ._galore import galore as galore
+from ._keep_bounded import keep_bounded as keep_bounded
 from ._lisa import lisa as lisa
 from ._lora_fa import lora_fa as lora_fa
 from ._lora_plus import lora_plus as lora_plus

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from .._node import Additive, Branch, Static, Trainable, cast
-from .._targets import FEED_FORWARD, Option, Sites, Targets, one_of
+from .._targets import Option, Sites, Targets, one_of
 from .._tree import Params, attach, transform, wrap
+from ..places import FEED_FORWARD
 from ._factors import uniform
 from ._lokr import factorization
 

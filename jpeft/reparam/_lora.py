@@ -18,6 +18,9 @@ class LoRA(LowRank):
     a: Trainable[jax.Array, "in rank"]
     b: Trainable[jax.Array, "rank out"]
 
+    grows = ("rank",)
+    scaled_by = ("b",)
+
 
 class LoRAFA(LoRA):
     r"""LoRA whose $A$, once drawn, stays: only $B$ trains, and of an input no more than $x A$ is kept for its gradient.

@@ -29,6 +29,9 @@ class PiSSA(Branch):
     scale: Static[float]
     dropout: Static[float] = 0.0
 
+    grows = ("rank",)
+    scaled_by = ("b", "start_b")
+
     @classmethod
     def of(cls, a: jax.Array, b: jax.Array, **how: float) -> "PiSSA":
         """The node that starts at `a` and `b`."""

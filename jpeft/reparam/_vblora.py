@@ -39,7 +39,7 @@ class VBLoRA(LowRank):
     def within(self, dtype):
         return self.at_rest().within(dtype)  # the choice first: of logits in bfloat16 many are equal
 
-    def at_rest(self) -> "VBLoRAChoices":
+    def at_rest(self, task=None) -> "VBLoRAChoices":
         """The node with places of vectors and shares instead of logits."""
         kept = {"bank": self.bank, "scale": self.scale, "dropout": self.dropout, "base": self.base, "axes": self.axes}
         for side, logits in (("a", self.logits_a), ("b", self.logits_b)):

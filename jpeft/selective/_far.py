@@ -10,8 +10,9 @@ from .._kernel import OUT, STACK, fold
 from .._lazy import read
 from .._node import Branch, Frozen, Reparam, Static, Trainable, value, whole, widened
 from .._shared import resolve
-from .._targets import FEED_FORWARD, Option, Sites, Targets, kernels, named_leaves, options, sibling
+from .._targets import Option, Sites, Targets, kernels, named_leaves, options, sibling
 from .._tree import Params, put, shared_arrays, transform
+from ..places import FEED_FORWARD
 
 
 class FAR(Branch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jpeft
+from jpeft._node import cast
 from jpeft.models import Decoder, DecoderConfig
 from jpeft.models._attention import KeysAndValues, attend
 from jpeft.testing import shaken, subject
@@ -38,6 +39,31 @@ def test_the_prefix_of_a_text_is_the_text(scan):
     places = jnp.concatenate([jnp.arange(4)[None], positions + 4], axis=1)
     close(run(None, positions), plain(None, places))
     assert np.abs(run(MASK) - model.model.apply({"params": model.params}, IDS, MASK)).max() > 0.1
+
+
+def test_the_keys_of_a_text_in_an_encoder():
+    """Those that its layers computed: there is no cache to read them from."""
+    model = subject("encoder")
+    tuned = jpeft.init_prefix(model.model, model.params, TEXT)
+    how = {"mutable": ["intermediates"], "capture_intermediates": True}
+    _, state = model.model.apply({"params": model.params}, TEXT[None], **how)
+    for n in range(2):
+        for name in ("key", "value"):
+            want = state["intermediates"][f"layers_{n}"]["attention"][name]["__call__"][0]
+            close(getattr(tuned[f"layers_{n}"]["attention"]["kv"]["prefix"], f"{name}s"), want.reshape(4, 4, 4))
+
+
+def test_a_text_behind_a_prefix_on_a_quantized_base():
+    """Its own keys are taken, and not those that stand before it already; of a model in bfloat16 in float32."""
+    model = subject("decoder", True)
+    params = jpeft.nf4(cast(model.params, jnp.bfloat16), sites=model.sites)
+    first = jpeft.init_prefix(model.model, params, TEXT[:2])
+    tuned = jpeft.init_prefix(model.model, first, TEXT[2:])
+    nodes = tuned["layers"]["attention"]["kv"]
+    assert [(x.keys.shape, x.keys.dtype) for x in nodes.values()] == [((2, 2, 2, 4), jnp.float32)] * 2
+    both = jpeft.init_prefix(model.model, params, TEXT)["layers"]["attention"]["kv"]["prefix"]
+    found = jnp.concatenate([x.keys for x in nodes.values()], axis=1)
+    close(found, both.keys, 0.03)
 
 
 def learned():
@@ -129,7 +155,8 @@ def test_zeros_are_not_the_identity():
     [
         ({"length": 0}, "length=0"),
         ({"init": "text"}, "init='text'"),
-        ({"sites": None}, "How many heads.*\n.*jpeft.sites"),
+        ({"width": 0}, "width=0"),
+        ({"sites": None}, "how many heads.*\n.*jpeft.sites"),
         ({"targets": ".*/attention"}, r"heads, width\), not for these: {'layers_0/attention': \(2, 6, 16\)"),
         ({"targets": ".*/kvs"}, "matches no module"),
     ],

@@ -54,8 +54,14 @@ def with_examples():
     return [page for page in PAGES if page != COMMAND and any(language == "python" for language, _, _ in blocks(page))]
 
 
+def case(page):
+    """The pages of single methods are many, and run after the rest."""
+    marks = [] if page.parent in (ROOT, ROOT / "docs") else [pytest.mark.slow]
+    return pytest.param(page, id=page.relative_to(ROOT).as_posix(), marks=marks)
+
+
 @pytest.mark.usefixtures("as_users_have_it")
-@pytest.mark.parametrize("page", with_examples(), ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", [case(page) for page in with_examples()])
 def test_page(page):
     run(page)
 

@@ -11,6 +11,7 @@ import pytest
 from test_examples import PAGES, ROOT, blocks
 
 import jpeft
+import jpeft.algebra
 import jpeft.hf
 import jpeft.models
 import jpeft.optim
@@ -19,11 +20,11 @@ import jpeft.optim
 DOCUMENTED = re.findall(r"^::: (jpeft\.\S+)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
 PUBLIC = {
     f"{module.__name__}.{name}": x
-    for module in (jpeft, jpeft.hf, jpeft.models, jpeft.optim)
+    for module in (jpeft, jpeft.algebra, jpeft.hf, jpeft.models, jpeft.optim)
     for name, x in vars(module).items()
     if not name.startswith("_") and not inspect.ismodule(x)
 }
-FAMILIES = ("selective", "reparam", "additive", "hybrid", "quantized", "optim")
+FAMILIES = ("selective", "reparam", "additive", "mixture", "hybrid", "quantized", "optim")
 
 
 def is_method(x):

@@ -1,5 +1,6 @@
 """Dropout of a node's input: a mask of its own for every use of every kernel, in every layer; off without a key."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,3 +90,12 @@ def test_gradients_see_the_mask():
     gradient = jax.grad(lambda a: jnp.sum(run(node.replace(a=a))))(node.a)
     want = jnp.sum(dropped, axis=0)[:, None] * jnp.sum(node.b, axis=1)[None]
     np.testing.assert_allclose(gradient, want, rtol=1e-4)
+
+
+def test_a_key_by_itself_reaches_nodes_beside_modules():
+    """As one under the name "dropout" does."""
+    model = nn.Dense(D)
+    params = model.init(jax.random.key(1), X)["params"]
+    node = jpeft.bottleneck(params, width=4, targets="", dropout=0.5, init="houlsby")
+    run = lambda rngs: jpeft.apply(model, {"params": jax.tree.map(lambda x: x + 0.1, node)}, X, rngs=rngs)
+    assert np.abs(run(jax.random.key(0)) - run(None)).max() > 1e-3

@@ -25,7 +25,25 @@ METHODS = {
     "plain": jpeft.chain(),
     "lora on nf4": jpeft.chain(jpeft.nf4(), jpeft.lora(rank=2)),
     "bottleneck on int8": jpeft.chain(jpeft.int8(), jpeft.bottleneck(width=4)),
+    "reft": jpeft.chain(
+        jpeft.reft(rank=2, positions="f2", sites=SITES), jpeft.reft(rank=2, positions="all", sites=SITES)
+    ),
+    "invertible": jpeft.invertible(),
+    "a bottleneck of blocks": jpeft.bottleneck(placement="block", scale="channel", sites=SITES),
+    "adamix and compacter": jpeft.chain(jpeft.adamix(width=4), jpeft.compacter(terms=2, reduction=4)),
+    "experts": jpeft.moe_lora(rank=2, experts=3, top=2),
+    "one of several tasks": lambda params, key: jpeft.collapse(jpeft.poly(params, rank=2, tasks=2, key=key), task=1),
+    "poly": jpeft.poly(rank=2, splits=2),
     "prefix": lambda params, key: jpeft.prefix(params, length=3, key=key, sites=SITES),
+    "prefix of a network": lambda params, key: jpeft.prefix(params, length=3, width=4, key=key, sites=SITES),
+    "llama adapter": lambda params, key: jpeft.llama_adapter(params, length=3, key=key, sites=SITES),
+    "p-tuning of tokens": jpeft.ptuning(length=2, width=5, encoder="lstm", placeholder=int(rows()[0][1])),
+    "cpt": jpeft.cpt(ids=[5, 6, 7, 8], types=[1, 2, 3, 4]),
+    "intrinsic prompt": lambda params, key: jpeft.intrinsic_prompt(
+        params, decoder=((jax.random.normal(key, (4, 48)), jnp.zeros(48)),), length=3, key=key
+    ),
+    "mam": lambda params, key: jpeft.mam(params, length=3, prefix_width=None, width=4, key=key, sites=SITES),
+    "ladder": lambda params, key: jpeft.ladder(params, model=MODEL, reduction=2, key=key),
     "two prompts and lora": jpeft.chain(jpeft.prompt(length=3), jpeft.lora(rank=2), jpeft.prompt(length=2)),
 }
 
@@ -52,6 +70,16 @@ def test_most_probable_tokens(method):
     assert found.text is None
     plain = [recomputed(MODEL, params(), row, COUNT) for row in rows()]
     assert (found.tokens.tolist() == plain) == (method == "plain")
+
+
+def test_rows_have_tasks():
+    tasks = [2, 0, 1]
+    trainable, frozen = jpeft.partition(jpeft.mpt(params(), tasks=3, length=3))
+    own = jpeft.combine(shaken(trainable, jax.random.key(2), size=0.5), frozen)
+    found = made(own=own, task_ids=tasks).tokens.tolist()
+    each = zip(rows(), tasks, strict=True)
+    assert found == [recomputed(MODEL, jpeft.collapse(own, task=task), row, COUNT) for row, task in each]
+    assert found != made(own=own, task_ids=[0, 0, 0]).tokens.tolist()
 
 
 @pytest.mark.parametrize(("dtype", "scan"), [(jnp.float32, True), (jnp.bfloat16, False)])
@@ -223,6 +251,8 @@ def test_faults_are_told_together():
         ([[1, 2]], {"stop_tokens": [10**12]}, "a sequence of token ids"),
         ([[1, 2]], {"pad_token": -5}, "`pad_token` -5"),
         ([[1, 2]], {"temperature": -1.0}, "`temperature` is -1.0"),
+        ([[1, 2]], {"task_ids": [0, 1]}, r"`task_ids` are int64 \(2,\), for \(1,\) rows"),
+        ([[1, 2]], {"task_ids": [0.5]}, r"`task_ids` are float64 \(1,\)"),
         ([[1, 2]], {"temperature": float("nan")}, "`temperature` is nan"),
         ([[1, 2]], {"temperature": 1.0, "top_p": 0.0}, "`top_p` is 0.0"),
         ([[1, 2]], {"stop_strings": "ab", "tokenizer": 1}, "a sequence of strings"),

@@ -20,6 +20,7 @@ CASES = sorted(path.stem for path in HERE.glob("*-*.safetensors"))
 TIED = ["gpt2-lora-embedding", "gpt2-dora-embedding", "t5-lora-embedding", "t5-dora-embedding"]
 REFUSED = {**dict.fromkeys(TIED, "the output head is tied to this table"), "t5-prefix": "several layers"}
 READ = [case for case in CASES if case not in REFUSED]
+WITH_TASKS = ("mpt", "poly", "poly-splits")
 STEPS = 10
 
 
@@ -83,9 +84,9 @@ def read_config(directory):
 
 
 def inputs(name):
-    """What a model is called with. Where a prompt is one of several tasks', of the second."""
+    """What a model is called with. Where an adapter is of several tasks, of the second."""
     found = {n: jnp.asarray(x) for n, x in parts(stored(name.partition("-")[0])[0], "inputs/").items()}
-    return found | ({"task_ids": jnp.ones(2, jnp.int32)} if name.endswith("-mpt") else {})
+    return found | ({"task_ids": jnp.ones(2, jnp.int32)} if name.partition("-")[2] in WITH_TASKS else {})
 
 
 def logits(model, params, given):

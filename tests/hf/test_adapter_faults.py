@@ -137,6 +137,8 @@ FIELDS = [
     ("llama-fourierft", {"n_frequency": 0}, "n_frequency = 0: it must be positive"),
     ("llama-boft", {"boft_n_butterfly_factor": 2}, "CUDA extension"),
     ("llama-miss", {"init_weights": "bat"}, "a variant that is not understood"),
+    ("llama-poly", {"poly_type": "other"}, "poly_type = 'other': 'poly' alone is known"),
+    ("llama-poly", {"n_splits": 0}, "n_splits = 0: it must be positive"),
     ("llama-adalora", {"rank_pattern": {"a": [True]}}, "must be 3 truth values"),
     ("llama-tokens", {"token_indices": [3, 5, 64]}, "different ones of 64"),
     ("llama-tokens", {"token_indices": [3, 3, 5]}, "different ones"),

@@ -22,7 +22,7 @@ def models(tmp_path_factory):
 
 
 def agrees(model, params, case):
-    found = adapters.logits(model, params, adapters.inputs("llama"))
+    found = adapters.logits(model, params, adapters.inputs(case))
     np.testing.assert_allclose(found, adapters.stored(case)[0]["logits"], rtol=1e-5, atol=1e-5)
 
 
@@ -35,6 +35,7 @@ STACKED = [
     "lora", "lora-many", "lora-lora-bias", "lora-modules", "lora-embedding", "dora", "adalora", "ia3", "vera", "loha",
     "lokr", "oft", "boft", "hra", "miss", "hira", "beft", "norms", "prefix", "prompt", "shira", "fourierft", "c3a",
     "road", "randlora", "delora", "gralora-hybrid", "vblora", "vblora-chosen", "tinylora",
+    "poly", "poly-splits",
 ]  # fmt: skip
 
 

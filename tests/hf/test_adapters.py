@@ -72,6 +72,7 @@ CONFIGS = {
     "llama-prefix": {"num_virtual_tokens": 3, "token_dim": 8, "num_attention_heads": 2, "num_layers": 2},
     "t5-prompt": {"task_type": "SEQ_2_SEQ_LM"},
     "llama-mpt": {"num_tasks": 2, "num_ranks": 1},
+    "llama-poly-splits": {"r": 2, "n_tasks": 2, "n_skills": 3, "n_splits": 4},
     "llama-shira": {"r": 1},
     "llama-fourierft": {"n_frequency": 6, "scaling": 20, "random_loc_seed": 777},
     "bert-fourierft": {"random_loc_seed": 2024},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jpeft
-from jpeft.offline._run import _shown, compiled, run
+from jpeft.offline._run import compiled, run, shown
 
 
 PARAMS = {"kernel": jnp.arange(6.0).reshape(3, 2)}
@@ -131,11 +131,11 @@ def test_a_bar_on_a_terminal_alone(monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    assert list(_shown([1, 2], "fisher", True)) == [1, 2]
+    assert list(shown([1, 2], "fisher", True)) == [1, 2]
     assert "fisher" in terminal.getvalue() and "100%" in terminal.getvalue()
-    assert _shown(BATCHES, "fisher", False) is BATCHES
+    assert shown(BATCHES, "fisher", False) is BATCHES
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert _shown(BATCHES, "fisher", True) is BATCHES
+    assert shown(BATCHES, "fisher", True) is BATCHES
 
 
 def test_unknown_option():

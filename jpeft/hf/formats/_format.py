@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..._node import Node
+from ..._node import Additive, Node
 from ..._tree import Params
 from .._modules import Module
 
@@ -87,6 +87,7 @@ class Format:
     - `integers`: the ends of tensors that hold whole numbers.
     - `bias`: what its config's `bias` says where the biases of its modules train; `""` where it has none.
     - `wide`: what it has that is at no module.
+    - `around`: a node that its nodes need beside the model, and that is in no file.
     - `on`: to which parameters of ours it is put.
     - `check`: `config ->` faults that the fields' types do not tell.
     - `settle`: the last word on the fields of all modules, by name and in the order of their model, before they become
@@ -108,6 +109,7 @@ class Format:
     integers: tuple[str, ...] = ()
     bias: str = ""
     wide: Wide | None = None
+    around: Additive | None = None
     on: Callable[[Module], bool] = lambda m: m.is_weight
     check: Callable[[Config], list[str]] = lambda config: []
     settle: Callable[[dict[str, Config]], dict[str, Config]] = lambda fields: fields

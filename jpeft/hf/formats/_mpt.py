@@ -7,7 +7,7 @@ import numpy as np
 from ..._tree import Params
 from ...additive._mpt import MPT
 from ._format import Config, Format, Shapes, Tensors, Wide
-from ._prompt import FIELDS, ROWS, UNUSED, check, placed, told
+from ._prompt import FIELDS, ROWS, UNUSED, alone, check, placed, told
 
 
 U, V = "prefix_task_cols", "prefix_task_rows"
@@ -27,9 +27,7 @@ def put(params: Params, tree: Any, config: Config, tensors: Tensors) -> Params:
 
 
 def take(params: Params, tree: Any, nodes: dict[str, Any]) -> tuple[Tensors, Config]:
-    if len(nodes) > 1:
-        raise ValueError("PEFT has one multitask prompt")
-    (node,) = nodes.values()
+    node = alone(nodes)
     rows, u, v = (np.asarray(x) for x in (node.rows, node.u, node.v))
     return {ROWS: rows, U: u, V: v}, {**told(rows, tree), "num_tasks": len(u), "num_ranks": u.shape[-1]}
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..._targets import TABLE
 from ..._tree import Params
+from ...additive._intrinsic import IntrinsicPrompt
 from ...additive._prompt import Prompt, put_prompt
 from ...additive._ptuning import PTuning
 from ._format import Config, Format, Shapes, Tensors, Wide, positive
@@ -43,9 +44,25 @@ def placed(params: Params, tree: Any, config: Config, new: Any, rows: np.ndarray
 
 def take(params: Params, tree: Any, nodes: dict[str, Any]) -> tuple[Tensors, Config]:
     """Prompts that follow one another are one prompt."""
+    in_front(nodes)
     ordered = sorted(nodes.values(), key=lambda node: node.start)
     rows = np.concatenate([np.asarray(node.prompt(None)) for node in ordered])
     return {ROWS: rows}, told(rows, tree)
+
+
+def in_front(nodes: dict[str, Any]) -> None:
+    """**Raises** `ValueError` for prompts that are in the places of a token."""
+    if places := {path: node.placeholder for path, node in nodes.items() if node.placeholder is not None}:
+        raise ValueError(f"PEFT puts prompts before the text, and these are in the places of a token: {places}")
+
+
+def alone(nodes: dict[str, Any]) -> Any:
+    """The only prompt; **raises** `ValueError` where there are several, and as `in_front` does."""
+    in_front(nodes)
+    if len(nodes) > 1:
+        raise ValueError(f"PEFT has one prompt of this type, and here are {', '.join(nodes)}")
+    (node,) = nodes.values()
+    return node
 
 
 def told(rows: np.ndarray, tree: Any) -> Config:
@@ -65,7 +82,12 @@ def check(config: Config) -> list[str]:
 
 
 PROMPT = Format(
-    peft_type="PROMPT_TUNING", nodes=(Prompt,), fields=FIELDS, unused=UNUSED, check=check, wide=Wide(shapes, put, take)
+    peft_type="PROMPT_TUNING",
+    nodes=(Prompt, IntrinsicPrompt),
+    fields=FIELDS,
+    unused=UNUSED,
+    check=check,
+    wide=Wide(shapes, put, take),
 )
 P_TUNING = Format(
     peft_type="P_TUNING", nodes=(PTuning,), fields=FIELDS, unused=UNUSED, check=check, wide=Wide(shapes, put, take)

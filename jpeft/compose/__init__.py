@@ -1,0 +1,1 @@
+"""Several adapters of one base in one tree, and which of them act."""

@@ -1,0 +1,1 @@
+"""Recipes of several methods, methods with gates, and side networks."""

@@ -1,0 +1,1 @@
+"""Mixtures of terms of low rank."""
