@@ -20,7 +20,7 @@ parity: .venv/parity
 	rm -rf .parity && cp -R tests .parity
 	set -e; for script in .parity/fixtures/make_*.py; do $(BIN)/python $$script; done
 	cd .parity && ../$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow or parity" -p no:cacheprovider \
-		hf models reparam additive selective optim generation test_peft_layers.py cli/test_end_to_end.py
+		hf models reparam additive selective optim generation algebra mixture hybrid compose test_peft_layers.py cli/test_end_to_end.py
 
 docs: .venv/docs
 	$(BIN)/python -m mkdocs build --strict

@@ -33,6 +33,7 @@ from ._node import Reparam as Reparam
 from ._node import Static as Static
 from ._node import Trainable as Trainable
 from ._shared import Ref as Ref
+from ._still import Still as Still
 from ._storage import CheckpointError as CheckpointError
 from ._summary import Summary as Summary
 from ._summary import summary as summary
@@ -61,7 +62,6 @@ from .additive._cpt import CPT as CPT
 from .additive._cpt import cpt as cpt
 from .additive._cpt import cpt_loss as cpt_loss
 from .additive._fusion import Fusion as Fusion
-from .additive._fusion import Still as Still
 from .additive._fusion import fuse as fuse
 from .additive._fusion import fusion_penalty as fusion_penalty
 from .additive._ia3 import IA3 as IA3
@@ -125,6 +125,9 @@ from .mixture._moe_lora import load_balance as load_balance
 from .mixture._moe_lora import moe_lora as moe_lora
 from .mixture._poly import Poly as Poly
 from .mixture._poly import poly as poly
+from .mixture._xlora import XLoRA as XLoRA
+from .mixture._xlora import apply_xlora as apply_xlora
+from .mixture._xlora import xlora as xlora
 from .offline._gradients import fisher as fisher
 from .offline._gradients import gradient_scores as gradient_scores
 from .offline._inputs import Inputs as Inputs

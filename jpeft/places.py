@@ -16,6 +16,7 @@ KEYS_AND_VALUES = r"(.*/)?kv"  # they and the mask pass through it
 ATTENTION_OUTPUT = ATTENTION + "/(out|o_proj|out_proj|c_proj|output|wo|dense|o)"
 FEED_FORWARD_OUTPUT = FEED_FORWARD + "/(down|down_proj|out|c_proj|fc2|wo|output|dense)"
 BLOCK = r"(?!.*block/\d+/layer)(.*/)?(layers|(\w*layer|\w*block|layers|h)s?[_/]\d+)"
+FINAL_NORM = r"((model|transformer|decoder)/)?(norm|final_norm|ln_f|final_layer_norm)"  # the last hidden states
 LOGITS = rf"(.*/)?({'|'.join(HEADS)})"  # of a head that is tied to the embeddings, they are what the model returns: ""
 
 NAMES = {
@@ -25,5 +26,6 @@ NAMES = {
     "feed-forward block": FEED_FORWARD,
     "feed-forward output": FEED_FORWARD_OUTPUT,
     "block": BLOCK,
+    "last hidden states": FINAL_NORM,
     "logits": LOGITS,
 }

@@ -3,37 +3,19 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from .._checksum import same
-from .._manifest import class_name, classes
-from .._node import Frozen, Node, Role, Static, Trainable, cast, is_param, widened
+from .._node import Frozen, Static, Trainable, cast, is_param, widened
 from .._operands import dropout as drop
 from .._shared import SHARED, refs, resolve, unshare
+from .._still import Still
 from .._targets import Sites, name_of
 from .._tree import Params, attach, nodes_of, shared_arrays
 from ._bottleneck import affine
 from ._hidden import Hidden
-
-
-class Still(Node):
-    """A node of which nothing trains: its arrays, and what else makes it."""
-
-    arrays: Frozen[dict[str, Any]]
-    kind: Static[str]
-    constants: Static[tuple[tuple[str, Any], ...]]
-
-    @classmethod
-    def of(cls, node: Node) -> Self:
-        arrays, constants = node.parts(Role.TRAINABLE, Role.FROZEN), node.parts(Role.STATIC)
-        return cls(arrays=arrays, kind=class_name(type(node)), constants=tuple(constants.items()))
-
-    @property
-    def node(self) -> Any:
-        return classes()[self.kind](**self.arrays, **dict(self.constants))
 
 
 class Fusion(Hidden):

@@ -10,7 +10,7 @@ from .._node import Static, Trainable, whole
 from .._shared import share
 from .._targets import Targets, named_leaves, one_of, select
 from .._tree import Params, default, modules, place, transform
-from ..places import EMBEDDINGS
+from ..places import EMBEDDINGS, FINAL_NORM
 from ..selective._unfreeze import Free
 from ._bottleneck import STARTS, activation_of, affine, arrays
 from ._hidden import Hidden
@@ -47,7 +47,6 @@ class Invertible(Hidden):
 # What embeddings come to: of one table; or the module that adds up several, as BERT's does.
 TABLE = "(input_)?embedding"
 EMBEDDED = rf"(.*/)?embeddings|(?!(.*/)?embeddings/){EMBEDDINGS}"
-FINAL_NORM = r"((model|transformer|decoder)/)?(norm|final_norm|ln_f|final_layer_norm)"
 
 
 @transform

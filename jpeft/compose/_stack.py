@@ -14,6 +14,7 @@ from .._kernel import STACK
 from .._merge import beside
 from .._node import Additive, Affine, Branch, Leaf, Matrix, Node, Reparam, Role
 from .._shared import refs
+from .._still import Still, thawed
 from .._targets import named_leaves
 from .._tree import Params, modules, nodes_of, place, replaced, strip
 from ..additive._hidden import Hidden
@@ -24,7 +25,7 @@ Chain = tuple[Node, ...]  # the nodes of one adapter at one place, the innermost
 Kept = dict[Any, Chain]  # by place
 
 
-def stack(adapters: Sequence[Params] | Mapping[str, Params]) -> Params:
+def stack(adapters: Sequence[Params] | Mapping[str, Params], *, freeze: bool = False) -> Params:
     """One tree of several that were tuned on one base: calls say which adapter acts, also for each row.
 
     `jpeft.apply(model, variables, ids, adapters=jnp.array([0, 2, 2, 1]))`. There is one base. Adapters of one method
@@ -33,6 +34,7 @@ def stack(adapters: Sequence[Params] | Mapping[str, Params]) -> Params:
     **Arguments:**
 
     - `adapters`: the trees; or a mapping from names to trees: otherwise their names are their numbers.
+    - `freeze`: whether nothing of them trains any more, for what is to train around them.
 
     **Raises** `ValueError` for trees over different bases; and, with every path and the reason, for nodes that do not
     act on activations by themselves, such as those of `dora`, prompts, or parameters that train.
@@ -50,12 +52,12 @@ def stack(adapters: Sequence[Params] | Mapping[str, Params]) -> Params:
     names, (branches, nodes, _) = tuple(trees), zip(*found.values(), strict=True)
     new = {}
     for (path, axes), chains in _by_place(branches).items():
-        groups = _grouped(chains, axes.count(STACK))
+        groups = _grouped(chains, axes.count(STACK), freeze)
         new[path] = lambda base, how=groups, axes=axes: StackedBranches(base=base, axes=axes, names=names, **how)
     params = replaced(params, new, over_nodes=True)
     for (path, kind, _), chains in _by_place(nodes).items():
         sizes = _stack_of(next(iter(chains.values()))[0])
-        new = kind(names=names, stack=sizes, **_grouped(chains, len(sizes)))
+        new = kind(names=names, stack=sizes, **_grouped(chains, len(sizes), freeze))
         params = place(params, {path: new}, "stack")
     return params
 
@@ -105,7 +107,7 @@ def _member(node: StackedBranches | StackedBeside, number: int, depth: int) -> C
     for chain, numbers in zip(node.members, node.numbers, strict=True):
         if number in numbers:
             n = numbers.index(number)
-            return jax.tree.map(lambda a, n=n: jnp.take(a, n, axis=depth), chain)
+            return thawed(jax.tree.map(lambda a, n=n: jnp.take(a, n, axis=depth), chain))
     return ()
 
 
@@ -165,7 +167,7 @@ def _by_place(found: Sequence[Kept]) -> dict[Any, dict[int, Chain]]:
     return places
 
 
-def _grouped(chains: Mapping[int, Chain], depth: int) -> dict[str, Any]:
+def _grouped(chains: Mapping[int, Chain], depth: int, freeze: bool) -> dict[str, Any]:
     """The fields `members` and `numbers`: chains of one structure in one, with an axis of adapters behind `depth`."""
     sizes = defaultdict(dict)
     for chain in chains.values():
@@ -179,6 +181,8 @@ def _grouped(chains: Mapping[int, Chain], depth: int) -> dict[str, Any]:
         groups[structure, tuple((x.shape, x.dtype) for x in arrays)][number] = arrays
     join = lambda group: [jnp.stack(xs, axis=depth) for xs in zip(*group.values(), strict=True)]
     members = tuple(jax.tree.unflatten(structure, join(group)) for (structure, _), group in groups.items())
+    if freeze:
+        members = tuple(tuple(map(Still.of, chain)) for chain in members)
     return {"members": members, "numbers": tuple(tuple(group) for group in groups.values())}
 
 

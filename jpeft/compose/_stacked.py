@@ -10,6 +10,7 @@ from .._node import Additive, Branch, Frozen, Static
 from .._operands import Operand
 from .._routes import Members, Route, Weighted, every
 from .._shared import Shared, unshare
+from .._still import thawed
 from ..additive._hidden import Hidden
 
 
@@ -82,14 +83,14 @@ def _routed(node: StackedBranches | StackedBeside, term: Any, x: Any, moves: boo
         )
     y = route(_Here(node, term, moves), x)
     if y is None:
-        first = jax.tree.map(lambda a: a[0], node.members[0])
+        first = jax.tree.map(lambda a: a[0], thawed(node.members[0]))
         y = jax.tree.map(jnp.zeros_like, term(first, x))
     return y
 
 
 class _Here(Members):
     def __init__(self, node, term, moves):
-        self.groups = list(zip(node.members, node.numbers, strict=True))
+        self.groups = list(zip(thawed(node.members), node.numbers, strict=True))
         self.count, self.term, self.moves = len(node.names), term, moves
 
     def one(self, number, x):
