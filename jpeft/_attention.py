@@ -1,32 +1,24 @@
 """Attention in any model: its keys and values pass through a place that nodes can stand beside."""
 
-import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ._context import setting
 from .models._attention import KeysAndValues
 
 
 # What functions make of positions by themselves, by the names that JAX and others have for it.
 UNSEEN = ("is_causal", "causal", "local_window_size", "query_seq_lengths", "key_value_seq_lengths", "segment_ids")
 
+# The modules whose calls have begun and not ended, the innermost last.
 _active: contextvars.ContextVar[Sequence[nn.Module]] = contextvars.ContextVar("active", default=())
-
-
-@contextlib.contextmanager
-def at_work(active: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it, `active` is the modules whose calls have begun and not ended, the innermost last."""
-    token = _active.set(active)
-    try:
-        yield
-    finally:
-        _active.reset(token)
+at_work = functools.partial(setting, _active)
 
 
 def keys_and_values(attend: Callable, *, name: str = "kv") -> Callable:

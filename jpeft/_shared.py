@@ -55,6 +55,12 @@ def refs(tree: Any) -> list[str]:
     return [x.name for x in jax.tree.leaves(tree, is_leaf=is_ref) if is_ref(x)]
 
 
+def repeated(tree: Any, stack: tuple[int, ...]) -> Any:
+    """The tree whose `Ref`s are repeated over a stack of modules."""
+    is_ref = lambda x: isinstance(x, Ref)
+    return jax.tree.map(lambda x: Ref(x.name, stack) if is_ref(x) else x, tree, is_leaf=is_ref)
+
+
 def is_shared(x: Any) -> bool:
     return isinstance(x, Shared)
 

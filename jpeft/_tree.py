@@ -11,7 +11,7 @@ from ._kernel import STACK, fold, stacked
 from ._lazy import Lazy, read
 from ._merge import beside, folded_in
 from ._node import Additive, Affine, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value, whole
-from ._shared import SHARED, resolve, unshare
+from ._shared import SHARED, repeated, resolve, unshare
 from ._targets import Call, Option, Sites, Targets, kernels, name_of, named_leaves, options, parameters, select
 
 
@@ -328,7 +328,7 @@ def attach(
     for path, k in zip(found, jax.random.split(default(key), len(found)), strict=True):
         call = calls[path]
         make = stacked(lambda k, c=call, o=chosen[path]: new(k, c.features_in, c.features_out, **o), len(call.stack))
-        node = make(jax.random.split(k, call.stack) if call.stack else k)
+        node = repeated(make(jax.random.split(k, call.stack) if call.stack else k), call.stack)
         at[path] = node.replace(axes=_axes(path, sites)) if isinstance(node, Affine) else node
     return place(params, at, name)
 

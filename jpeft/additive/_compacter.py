@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from .._node import Trainable
-from .._shared import Ref, share
+from .._shared import share
 from .._targets import Option, Sites, Targets, one_of
-from .._tree import Params, attach, default, map_nodes, nodes_of, transform
+from .._tree import Params, attach, default, nodes_of, transform
 from ..places import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT
 from ..selective._unfreeze import Free
 from ._hidden import Hidden
@@ -34,10 +34,6 @@ class Compacter(Hidden):
     def change(self, h, key):
         h = kronecker(h, self.rule, self.down_left, self.down_right, self.down_bias)
         return kronecker(jax.nn.gelu(h), self.rule, self.up_left, self.up_right, self.up_bias)
-
-    def repeated(self) -> "Compacter":
-        """The node, once stacked, with the rule that it shares repeated for every layer."""
-        return self.replace(rule=Ref(self.rule.name, self.up_bias.shape[:-1])) if isinstance(self.rule, Ref) else self
 
 
 def kronecker(x: jax.Array, rule: jax.Array, left: jax.Array, right: jax.Array | None, bias: jax.Array) -> jax.Array:
@@ -127,7 +123,7 @@ def compacter(
         params, new, name="compacter", targets=modules, sites=sites, key=key, reduction=reduction, rank=rank
     )
     _check_divides(params)
-    return map_nodes(Compacter.repeated, params, Compacter)
+    return params
 
 
 def _factors(of_left, of_right, terms, rows, columns, rank):

@@ -1,14 +1,15 @@
 """Positions of a prompt: its first and its last tokens, whatever padding there is, and none while decoding."""
 
-import contextlib
 import contextvars
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from .._context import setting
 from .._node import Additive
 from ..models._loss import IGNORED
 from ._room import opened
@@ -27,16 +28,7 @@ class Ranks(NamedTuple):
 NONE = jnp.iinfo(jnp.int32).max
 
 _ranks: contextvars.ContextVar[Ranks | None] = contextvars.ContextVar("ranks", default=None)
-
-
-@contextlib.contextmanager
-def told(ranks: Ranks) -> Iterator[None]:
-    """Within it, calls with a cache are of tokens with these ranks: for what reads a prompt in several calls."""
-    token = _ranks.set(ranks)
-    try:
-        yield
-    finally:
-        _ranks.reset(token)
+told = functools.partial(setting, _ranks)  # within it, a call with a cache is of tokens with these ranks
 
 
 def chosen(first: int, last: int, shape: tuple[int, ...]) -> jax.Array:

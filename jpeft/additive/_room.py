@@ -1,16 +1,17 @@
 """Room for a prompt: more positions in all that a model takes, and not in what it returns."""
 
-import contextlib
 import contextvars
+import functools
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from .._context import setting
 from .._node import Additive, Static, value
 from ..models._loss import IGNORED
 
@@ -33,15 +34,7 @@ class Opened(NamedTuple):
 
 _opened: contextvars.ContextVar[Opened | None] = contextvars.ContextVar("opened", default=None)
 opened = _opened.get
-
-
-@contextlib.contextmanager
-def opening(room: Opened) -> Iterator[None]:
-    token = _opened.set(room)
-    try:
-        yield
-    finally:
-        _opened.reset(token)
+opening = functools.partial(setting, _opened)
 
 
 class Room(Additive):

@@ -1,15 +1,14 @@
 """Gates: a number for every example, which a method's part in it is multiplied with; and where they are kept."""
 
-import contextlib
 import contextvars
 import inspect
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from .._context import setting
 from .._node import Additive, Static, Trainable, widened
 from ..additive._hidden import Hidden
 from ..models._cache import Cache
@@ -29,15 +28,6 @@ class Scope(NamedTuple):
 
 _scope: contextvars.ContextVar[Scope] = contextvars.ContextVar("scope", default=Scope())  # noqa: B039 - immutable
 _prefix: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("prefix", default=None)
-
-
-@contextlib.contextmanager
-def _within(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
 
 
 class Gate(NamedTuple):
@@ -104,7 +94,7 @@ class PrefixGate(Additive):
 
     def around(self, call, key, *args, **kwargs):
         h = args[0] if args else next(iter(kwargs.values()))
-        with _within(_prefix, Gate(self.gate, self.gate_bias, self.slot)(h)):
+        with setting(_prefix, Gate(self.gate, self.gate_bias, self.slot)(h)):
             return call(*args, **kwargs)
 
 
@@ -158,7 +148,7 @@ class Gates(Additive):
             gates = jnp.full((cache.keys.shape[0], self.count, cache.keys.shape[1]), UNKNOWN)
             fields = {field: getattr(cache, field) for field in cache.__dataclass_fields__}
             given.arguments["cache"] = GatedCache(**fields, gates=gates)
-        with _within(_scope, Scope(mask, caches=cache is not None)):
+        with setting(_scope, Scope(mask, caches=cache is not None)):
             return call(*given.args, **given.kwargs)
 
 
@@ -172,7 +162,7 @@ class LayerGates(Additive):
         if cache is None:
             return call(*args, **kwargs)
         known, found = cache.gates[cache.layer], {}
-        with _within(_scope, _scope.get()._replace(known=known, found=found)):
+        with setting(_scope, _scope.get()._replace(known=known, found=found)):
             y, after = call(*args, **kwargs)
         gates = jnp.stack([found.get(n, known[n]) for n in range(self.count)])
         return y, after.replace(gates=after.gates.at[cache.layer].set(gates.astype(known.dtype)))

@@ -65,7 +65,7 @@ def test_of_experts_that_are_the_same_no_route_matters(name):
     close([call(model)(params, key) for key in KEYS[:3]], [y] * 3)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
 def test_at_rest_it_is_the_adapter_of_mean_arrays(name, scan):
     model, params = tuned(name, scan, **NEVER_SHARED[name])
@@ -130,7 +130,7 @@ def test_every_route_is_as_likely():
     assert np.abs(bent.change(h, None) - changes.mean(0)).max() > 0.1
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_layer_and_every_pass_has_a_route_of_its_own(name, scan):
     """Only the experts of a call's route have gradients."""

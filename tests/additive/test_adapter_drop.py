@@ -71,7 +71,7 @@ def test_computation_falls():
         assert products < before - after < 1.6 * products
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_random_number_of_layers_is_one_trace(scan):
     """Dropped adapters have no gradients, the others some."""
     model, params = adapted(scan=scan)

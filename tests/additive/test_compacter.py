@@ -68,7 +68,7 @@ def close(found, want, tolerance=1e-5):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_is_the_dense_adapter(case, scan):
     """Its output, and every gradient, that of the rule too."""
@@ -131,7 +131,7 @@ def test_no_matrix_is_formed():
     assert flops < 2 * h.size * width  # half of the dense products'
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_rule_is_one_leaf(scan):
     """Its gradient is the sum of those of rules of their own, of layers that are scanned too."""
     model, params = tuned(scan)

@@ -187,7 +187,7 @@ def test_places_where_a_member_has_nothing():
           trees[0]["layers_0"]["attention"]["out"]["bottleneck"].change(h, None))  # fmt: skip
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_other_adapters(scan):
     """Some share arrays, which every member has as its own; some are of a few positions; some are fused themselves."""
     model = subject("decoder", scan)
@@ -205,7 +205,7 @@ def test_other_adapters(scan):
     assert np.isfinite(model.run(tree)).all()
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_penalty(scan):
     """0.01 ||V - I||^2, of every layer."""
     model = subject("encoder", scan)

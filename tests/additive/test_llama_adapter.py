@@ -20,7 +20,7 @@ def stacked(tree, field, scan):
     return getattr(nodes[0], field) if scan else jnp.stack([getattr(x, field) for x in nodes])
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["adaption", "adaption_last"])
 def test_is_that_of_peft(case, scan, tmp_path):
     """Behind padding on either side, in all layers and in the last."""
@@ -80,7 +80,7 @@ def test_is_its_formula(fused):
 
 
 @pytest.mark.parametrize("base", ["float", "int8", "nf4"])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_closed_gate_is_the_model(base, scan):
     """Bit for bit, and its gate moves first."""
     model = subject("decoder", scan, base)
@@ -91,7 +91,7 @@ def test_a_closed_gate_is_the_model(base, scan):
     assert np.all(stacked(grads, "gate", scan) != 0) and not np.any(stacked(grads, "prompt", scan))
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_its_projections_have_their_nodes(scan):
     """Keys, values and outputs of the prompt go through LoRA on a quantized kernel as those of the tokens do."""
     model = subject("decoder", scan)

@@ -27,7 +27,7 @@ def front(x, value=None):
     return jnp.concatenate([jnp.broadcast_to(before[None].astype(x.dtype), (len(x), 4)), x], axis=1)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_prefix_of_a_text_is_the_text(scan):
     """Of grouped keys, rotated by position; with padding, and with positions of one's own."""
     model = subject("decoder", scan)
@@ -53,6 +53,7 @@ def test_the_keys_of_a_text_in_an_encoder():
             close(getattr(tuned[f"layers_{n}"]["attention"]["kv"]["prefix"], f"{name}s"), want.reshape(4, 4, 4))
 
 
+@pytest.mark.slow
 def test_a_text_behind_a_prefix_on_a_quantized_base():
     """Its own keys are taken, and not those that stand before it already; of a model in bfloat16 in float32."""
     model = subject("decoder", True)

@@ -74,7 +74,7 @@ def test_a_window_never_hides_the_prefix(mask):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_windows_and_padding_in_a_cache(scan, side):
     """The first six tokens, and then one after the other, as all at once."""
     mask = LEFT if side == "left" else jnp.roll(RIGHT, -2, axis=1).at[:, 6:].set(1)  # padding in between
@@ -132,7 +132,7 @@ def test_each_attention_of_a_t5_has_its_own_prefix(place):
     close(found, attention(own, node, x, context, bias, scale=1.0))
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_all_of_a_t5_in_its_cache(scan):
     """By default all three have one: they are in every step, and no cache has them."""
     model, params, sites = t5(scan)
@@ -147,7 +147,7 @@ def test_all_of_a_t5_in_its_cache(scan):
     close(jnp.concatenate(found, axis=1), run(IDS, LEFT, decoder_input_ids=IDS[:, :4]))
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_prefix_of_a_text_in_a_t5(scan):
     """Between encoder and decoder there are no distances: another text behind it is the two texts, encoded apart."""
     model, params, _ = t5(scan)

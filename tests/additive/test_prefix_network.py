@@ -37,7 +37,7 @@ def filled(params, kind, scan, **arrays):
     return jpeft._tree.map_nodes(new, params, kind)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_prefix_is_that_of_peft(scan, tmp_path):
     model, params, sites = llama(tmp_path, scan)
     rows = by_layer(stored("prefix")[f"{ENCODER}embedding.weight"]).reshape(2, 3, 2, 2, 4)
@@ -51,7 +51,7 @@ def test_a_prefix_is_that_of_peft(scan, tmp_path):
     check(model, tuned, "prefix", theirs)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_network_is_that_of_peft(scan, tmp_path):
     """Its last layer has parts for each layer of the model; the others are shared, and their gradients sums."""
     model, params, sites = llama(tmp_path, scan)
@@ -78,7 +78,7 @@ def test_a_network_is_that_of_peft(scan, tmp_path):
     check(model, tuned, "projected", theirs)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_collapsed_is_a_plain_prefix(scan):
     """With the same outputs, and nothing left of the network."""
     model = subject("decoder", scan)

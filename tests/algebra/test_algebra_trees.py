@@ -42,6 +42,7 @@ def test_bases_of_the_same_bits():
     assert off(changes(algebra.cat([LORAS[0], other])), weighted([LORAS[0], other], [1, 1])) < 3e-6
 
 
+@pytest.mark.slow
 def test_quantized_bases():
     """Their codes are compared; the sum is over what they stand for, and the codes stay."""
     quantized = [jpeft.nf4(params, targets=AXES, block=8) for params in (BASE, copied(BASE))]

@@ -37,9 +37,11 @@ def arrays(directory):
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-OFTEN = ("lora", "last-layers", "prompt", "full")
-RUNS = [(method, None) for method in OFTEN] + [("lora", base) for base in BASES if base != "nf4"]
-RUNS += [pytest.param(method, None, marks=pytest.mark.slow) for method in METHODS if method not in OFTEN]
+SLOW = pytest.mark.slow
+OFTEN = ("lora", "prompt")
+RUNS = [(method, None) for method in OFTEN]
+RUNS += [pytest.param("lora", base, marks=SLOW) for base in BASES if base != "nf4"]
+RUNS += [pytest.param(method, None, marks=SLOW) for method in METHODS if method not in OFTEN]
 
 
 @pytest.mark.parametrize(("method", "base"), RUNS)
@@ -105,7 +107,7 @@ def whole(tiny_model, data, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize(("how", "step"), [("interrupt", 3), ("kill", 2), ("kill", 7)])
+@pytest.mark.parametrize(("how", "step"), [("interrupt", 3), pytest.param("kill", 2, marks=SLOW), ("kill", 7)])
 def test_resumed_run_ends_as_a_whole_one(command, tmp_path, whole, monkeypatch, how, step, capsys):
     with monkeypatch.context() as patch:
         stop_after(step, patch, how)

@@ -40,6 +40,7 @@ def test_no_class_or_function_is_on_both_sides(stdlib):
     assert 0.15 < held.mean() <= 0.2
 
 
+@pytest.mark.slow
 def test_the_same_library_is_the_same_task(stdlib):
     assert keywords() == stdlib
 

@@ -39,7 +39,7 @@ def rows(model, count):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("scan", "base"), [(False, "float"), (True, "nf4")])
+@pytest.mark.parametrize(("scan", "base"), [(False, "float"), pytest.param(True, "nf4", marks=pytest.mark.slow)])
 def test_rows_are_those_of_separate_runs(kind, scan, base):
     model = subject("decoder", scan, base)
     trees = tuned(model, kind)
@@ -53,7 +53,7 @@ def test_rows_are_those_of_separate_runs(kind, scan, base):
 
 
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_weights_are_data(kind, scan):
     """Of adapters, of rows, of tokens: one trace each; zeros are the base, and one at a single place that adapter."""
     model = subject("decoder", scan)

@@ -61,7 +61,12 @@ def made(options=None, /, ids=None, mask=None, own=None, model=MODEL, **more):
     return jpeft.generate(model, params(model) if own is None else own, *given, **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("plain", "lora on nf4", "bottleneck on int8", "reft", "prefix", "cpt", "ladder")  # others run after the rest
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in METHODS]
+)
 def test_most_probable_tokens(method):
     own = tuned(method)
     found = made(own=own)

@@ -162,7 +162,7 @@ def of_model(shapes):
     return (64, 64) in shapes or any(map(inside, shapes))
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nothing_of_the_model_is_kept_or_gone_back_through(scan):
     kept, products = backward(LADDER, scan)
     taps = [(3, 5, 7, 64)] if scan else 3 * [(5, 7, 64)]
@@ -177,7 +177,7 @@ def test_nothing_of_the_model_is_kept_or_gone_back_through(scan):
     assert sum(map(of_model, products)) > 2 * 3 * 9
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nodes_that_train_in_the_model_change_nothing(scan):
     """Of LoRA there are the forward products alone: of a layer one for each side of gate, up and down inside of it."""
     kept, products = backward(lambda params, model: LADDER(LORA(params, model), model), scan)
@@ -185,7 +185,7 @@ def test_nodes_that_train_in_the_model_change_nothing(scan):
     assert sum(map(of_model, products)) == 3 * (9 + 3)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_caches(scan):
     """In pieces, with padding, over a quantized model with frozen nodes beside its blocks."""
     model = subject("decoder", scan)
@@ -218,7 +218,7 @@ def test_taps_are_what_blocks_return_with_their_nodes():
     assert np.abs(model.run(moved) - model.run(tuned)).max() > 1e-2
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_pruned(scan):
     """What is left are the hidden states, units and places in heads that are large, in rows and columns alike."""
     config = DecoderConfig(vocab_size=20, hidden_size=16, intermediate_size=12, num_hidden_layers=2, qk_norm=True,
@@ -286,6 +286,7 @@ def test_behind_prompts():
     assert np.abs(model.run(other) - model.run(tuned)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_classifier():
     config = EncoderConfig(vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
                            num_attention_heads=2, max_position_embeddings=9)  # fmt: skip
@@ -299,6 +300,7 @@ def test_classifier():
     assert all(np.any(x) for x in jax.tree.leaves(slope))
 
 
+@pytest.mark.slow
 def test_t5():
     """The side decoder attends to what the side encoder has made of the text."""
     config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2)

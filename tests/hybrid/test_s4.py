@@ -86,6 +86,7 @@ def test_biases_outside_stay():
     assert kinds(tuned["embeddings"]) == set() and kinds(tuned["layers_2"]) == {"Free"} and kinds(tuned) == {"Free"}
 
 
+@pytest.mark.slow
 def test_decoder_without_biases():
     model = Decoder(DecoderConfig(**SIZES, num_hidden_layers=4, num_key_value_heads=1))
     params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]

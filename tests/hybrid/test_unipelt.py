@@ -129,7 +129,7 @@ def test_start():
                   if isinstance(x, jpeft.Gated | jpeft.PrefixGate)) == [0, 1, 2, 3]  # fmt: skip
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_decoding_keeps_the_gates_of_the_prompt(scan):
     """In pieces, with padding on the left, and one row without a token in the first piece."""
     model = subject("decoder", scan)

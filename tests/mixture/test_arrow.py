@@ -66,6 +66,7 @@ def test_the_coldest_router_takes_the_nearest():
         close(found[nearest == e], jpeft.apply(DENSE, {"params": one}, X)[nearest == e])
 
 
+@pytest.mark.slow
 def test_scanned_layers_are_unrolled_ones(tmp_path):
     """On a quantized base, and when restored."""
     plain, scanned = subject(), subject(scan=True, base="nf4")

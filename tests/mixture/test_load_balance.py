@@ -63,6 +63,7 @@ def test_descent_spreads_the_tokens():
     assert loss(router) < 1.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layers_are_unrolled_ones(remat):
     """The mean over all layers, of both the value and the gradient."""

@@ -80,7 +80,7 @@ def test_rows_are_those_of_their_tasks_alone():
     assert np.abs(run(jpeft.collapse(params, task=0)) - run(jpeft.collapse(params, task=2))).max() > 0.01
 
 
-@pytest.mark.parametrize(("scan", "base"), [(False, "float"), (True, "nf4")])
+@pytest.mark.parametrize(("scan", "base"), [(False, "float"), pytest.param(True, "nf4", marks=pytest.mark.slow)])
 def test_one_skill_is_lora(scan, base):
     """Whatever its logit, with alpha = 1."""
     model = subject(scan=scan, base=base)

@@ -99,8 +99,9 @@ def test_is_the_split_layout():
         np.testing.assert_allclose(found["mlp"][name][part].columns, expected[name][part], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("axes", ["io", "soi", "sio", "ioo"])
-@pytest.mark.parametrize("retention", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("axes", "retention"), [("io", 0.01), ("soi", 0.5), ("sio", 0.5), ("ioo", 0.5), ("ioo", 1.0)]
+)
 def test_permuted_back_is_the_parameter(axes, retention):
     """Bit for bit, of whatever shape and in half precision; those that do not train are the base's."""
     w = jax.random.normal(jax.random.key(5), [3 if c == "s" else 4 + n for n, c in enumerate(axes)], jnp.bfloat16)
