@@ -12,8 +12,8 @@ from jpeft.testing import LAWS, cases, subject
 
 ALL = ("lora",)  # of it all cases are quick
 SOME = (
-    *ALL, "dora", "vera", "oft", "fourierft", "delta", "bitfit", "blocks", "ia3", "houlsby", "loreft", "prompt", "prefix",
-    "moe_lora", "fusion", "stack",
+    *ALL, "dora", "vera", "oft", "fourierft", "delta", "bitfit", "blocks", "ia3", "houlsby", "loreft", "prompt",
+    "prefix", "moe_lora", "fusion", "stack",
 )  # fmt: skip
 SLOW = ("unboxes", "freezes", "scans", "maps", "compiles", "keeps_dtypes")
 
