@@ -177,7 +177,7 @@ def _run(target, variables, args, kwargs, rngs, adapters, follow=lambda _, x: is
             return target(params, *args, **kwargs)
 
     bare = bare if key is None else _drawn(bare, key)
-    bare = bare if adapters is None else directed(bare, adapters, place_of((args, kwargs)))
+    bare = bare if adapters is None else directed(bare, adapters, place_of((args, kwargs), bare))
     return evaluate(fn, resolve(bare, shared_arrays(params)), follow, key, record), record
 
 

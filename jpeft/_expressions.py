@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._node import Additive
 from ._routes import ByRow, Chain, One, Place, Route, Weighted, every
-from ._tree import Params, map_nodes
+from ._tree import Params, map_nodes, nodes_of
 
 
 class Expression(abc.ABC):
@@ -58,23 +59,32 @@ class Average(Expression):
 
 
 class Parallel(Expression):
-    """The rows of a batch in as many groups, one for each part: of `sizes`, or all of one size."""
+    """The rows of a batch in as many groups, one for each part: of `sizes`, or all of one size.
+
+    A group is not divided again: no part has a `Parallel` in it.
+    """
 
     def __init__(self, *parts: Any, sizes: Several[int] | None = None):
         super().__init__(*parts)
+        if any(map(_divides, parts)):
+            raise ValueError("Parallel within Parallel: name all groups of rows in one, with their `sizes`.")
         self.sizes = None if sizes is None else tuple(sizes)
         if self.sizes is not None and len(self.sizes) != len(parts):
             raise ValueError(f"{len(parts)} adapters act on groups of rows of {len(self.sizes)} sizes.")
 
     def over(self, parts, place):
-        batch = self.rows(place).batch
+        batch, lengths = self.rows(place).batch, place.lengths
         sizes = self.sizes or (batch // len(parts),) * len(parts)
         if sum(sizes) != batch:
             raise ValueError(f"{batch} rows cannot be divided among {len(parts)} adapters as {sizes}.")
         owner = np.repeat(np.arange(len(parts)), sizes)
         if all(isinstance(part, One) for part in parts):
-            return ByRow(jnp.array([part.number for part in parts])[owner])
-        return Weighted(jax.nn.one_hot(owner, len(parts))[:, None], parts)
+            return ByRow(jnp.array([part.number for part in parts])[owner], lengths)
+        return Weighted(jax.nn.one_hot(owner, len(parts))[:, None], parts, lengths)
+
+
+def _divides(part: Any) -> bool:
+    return isinstance(part, Parallel) or (isinstance(part, Expression) and any(map(_divides, part.parts)))
 
 
 class Split(Expression):
@@ -90,8 +100,12 @@ class Split(Expression):
             raise ValueError(f"{len(parts)} adapters are divided at {len(parts) - 1} rising positions, not {self.at}.")
 
     def over(self, parts, place):
-        owner = jnp.searchsorted(jnp.array(self.at, jnp.int32), self.rows(place).positions, side="right")
-        return Weighted(jax.nn.one_hot(owner, len(parts))[None], parts)
+        batch, positions = self.rows(place).batch, place.positions
+        if positions is None:
+            raise ValueError("Split is of tokens, and the model is called with none: give weights of rows and tokens.")
+        owner = jnp.searchsorted(jnp.array(self.at, jnp.int32), positions, side="right")
+        gates = jax.nn.one_hot(owner, len(parts))
+        return Weighted(jnp.broadcast_to(gates, (batch, *gates.shape)), parts, place.lengths)
 
 
 class Stacked(abc.ABC):
@@ -129,27 +143,38 @@ def settled(adapters: Any, names: tuple[str, ...], place: Place | None) -> Route
         adapters = np.array([settled(x, names, place).number for x in adapters])
     array = jnp.asarray(adapters)
     whole = jnp.issubdtype(array.dtype, jnp.integer)
-    sizes = array.shape if whole else array.shape[:-1]
+    sizes, lengths = array.shape if whole else array.shape[:-1], () if place is None else place.lengths
     if place is not None:
-        sizes = (place.batch, len(place.positions))[: 1 if whole else max(array.ndim - 1, 0)]
+        tokens = lengths[:1] if lengths and array.shape[1:2] not in [(n,) for n in lengths] else array.shape[1:2]
+        sizes = (place.batch, *tokens)[: 1 if whole else max(array.ndim - 1, 0)]
     if not 1 <= array.ndim <= (1 if whole else 3) or array.shape != (sizes if whole else (*sizes, len(names))):
-        call = "" if place is None else f" and {place.batch} rows of {len(place.positions)} tokens"
+        call = "" if place is None else f" and {place.batch} rows" + (f" of {lengths[0]} tokens" if lengths else "")
         raise ValueError(
             f"`adapters` has shape {array.shape} of {array.dtype}, for {len(names)} adapters{call}: integers, one for "
             "every row; or weights, (adapters,), (rows, adapters) or (rows, tokens, adapters)."
         )
     if whole:
-        return ByRow(array)
+        _check_numbers(array, names)
+        return ByRow(array, lengths)
     rows, tokens = (*sizes, 1, 1)[:2]
-    return Weighted(array.reshape(rows, tokens, len(names)), every(len(names)))
+    return Weighted(array.reshape(rows, tokens, len(names)), every(len(names)), lengths)
 
 
-def place_of(args: Any) -> Place:
+def _check_numbers(ids: jax.Array, names: tuple[str, ...]) -> None:
+    """**Raises** `ValueError` for adapters that there are not, where numbers are there to be seen."""
+    if isinstance(ids, jax.core.Tracer) or not ids.is_fully_addressable:
+        return
+    if wrong := sorted({int(n) for n in np.asarray(ids) if n >= len(names)}):
+        raise ValueError(f"There are no adapters {wrong} in this stack: {', '.join(names)}.")
+
+
+def place_of(args: Any, params: Params) -> Place:
     """Rows and tokens of a call, by its arguments: the shape of the first array of integers `(rows, tokens)`.
 
-    Where there is none, that of the first array; `(rows, 1)` if that has fewer axes. A cache tells how many tokens came
-    before.
+    Where there is none, that of the first array: `(rows, tokens, features)`, or else of rows alone. A cache tells how
+    many tokens came before, and the tree how many positions prompts add.
     """
+    ahead = sum(x.ahead for x in nodes_of(params, Additive).values())
     is_cache = lambda x: hasattr(x, "filled") and hasattr(x, "end")
     leaves = jax.tree.leaves(args, is_leaf=is_cache)
     arrays = [x for x in leaves if hasattr(x, "dtype") and getattr(x, "ndim", 0)]
@@ -157,5 +182,8 @@ def place_of(args: Any) -> Place:
     if not arrays:
         raise ValueError("Which rows are there? The model was called without an array.")
     shape = (ids or arrays)[0].shape
-    start = next((x.end for x in leaves if is_cache(x)), 0)
-    return Place(shape[0], start + jnp.arange(shape[1] if len(shape) > 1 else 1))
+    if not ids and len(shape) != 3:
+        return Place(shape[0], None)
+    prompts = lambda cache: ahead if cache.filled and hasattr(cache, "grow") else 0  # a decoder's own has none
+    start = next((x.end - prompts(x) for x in leaves if is_cache(x)), 0)
+    return Place(shape[0], start + jnp.arange(shape[1]), ahead)

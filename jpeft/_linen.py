@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,11 +65,20 @@ def _own(module: nn.Module, call: Callable) -> Callable:
 
 
 def _around(node: Additive, call: Callable, key: Any) -> Callable:
-    @functools.wraps(call)  # with the signature of the module's method
+    @functools.wraps(call)
     def around(*args, **kwargs):
         return node.around(call, key, *args, **kwargs)
 
+    around.__signature__ = _open(inspect.signature(call))
     return around
+
+
+def _open(signature: inspect.Signature) -> inspect.Signature:
+    """The signature of a module's method, that takes options of its nodes, too."""
+    known = [*signature.parameters.values()]
+    if any(p.kind is p.VAR_KEYWORD for p in known):
+        return signature
+    return signature.replace(parameters=[*known, inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)])
 
 
 def _params(module: nn.Module) -> dict[str, Any]:
@@ -77,8 +87,9 @@ def _params(module: nn.Module) -> dict[str, Any]:
 
 
 def _beside(module: nn.Module) -> list[tuple[str, Additive]]:
-    """The module's nodes, in the order in which they were attached."""
-    return [(name, unshare(x)) for name, x in beside(_params(module))]
+    """The module's nodes, in the order in which they were attached, but for those that are innermost."""
+    found = [(name, unshare(x)) for name, x in beside(_params(module))]
+    return sorted(found, key=lambda pair: not pair[1].innermost)
 
 
 def _key(module: nn.Module, name: str, node: Additive, key: Any) -> Any:

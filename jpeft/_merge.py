@@ -10,8 +10,12 @@ from ._node import Additive, Affine, cast, rebox, value, widened
 
 def beside(tree: Mapping[str, Any]) -> list[tuple[str, Additive]]:
     """The nodes beside a module, in the order in which they were attached: later ones act around earlier ones."""
-    found = [(name, x) for name, x in tree.items() if isinstance(x, Additive)]
-    return sorted(found, key=lambda pair: int((re.search(r"_(\d+)$", pair[0]) or [0, 0])[1]))
+    return sorted(((name, x) for name, x in tree.items() if isinstance(x, Additive)), key=lambda pair: number(pair[0]))
+
+
+def number(name: str) -> int:
+    """The number at the end of a node's name: 0 where there is none, as for the first beside a module."""
+    return int((re.search(r"_(\d+)$", name) or [0, 0])[1])
 
 
 def folded_in(node: Additive, own: Mapping[str, Any]) -> dict[str, Any]:

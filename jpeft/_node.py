@@ -248,6 +248,9 @@ class Amplified(Reparam):
 class Additive(Node):
     """Stands beside a module. Subclasses override one of these."""
 
+    innermost = False  # whether it acts inside of all others, whenever it was attached
+    ahead = 0  # how many positions it puts before those of a model's tokens
+
     @property
     def random(self) -> bool:
         """Whether it draws random numbers, where a call is given a `"dropout"` key: where it has dropout."""

@@ -86,6 +86,9 @@ class Routed(Operand):
 
     __rmul__ = __mul__
 
+    def __add__(self, other):
+        return dataclasses.replace(self, x=self.x + other.x)
+
     def __sub__(self, other):
         return dataclasses.replace(self, x=self.x - other.x)
 

@@ -18,12 +18,19 @@ class Place:
     """Where the rows and the tokens of a call are."""
 
     batch: int
-    positions: jax.Array  # (seq,), counted from the start of the text
+    positions: jax.Array | None  # (seq,), counted from the start of the text; none where tokens are not known
+    ahead: int = 0  # how many positions prompts put before those of the tokens
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens a layer may see; none where that is not known."""
+        return () if self.positions is None else (len(self.positions), len(self.positions) + self.ahead)
 
 
 class Members(abc.ABC):
     """The adapters at one place of a model: what an expression is evaluated with."""
 
+    count: int  # how many they are
     moves: bool  # whether in a sequence each acts on what those before it have made of `x`
 
     @abc.abstractmethod
@@ -32,7 +39,7 @@ class Members(abc.ABC):
 
     @abc.abstractmethod
     def by_row(self, ids: jax.Array, x: jax.Array) -> Any:
-        """What the adapters `ids (rows,)` add for the rows of `x`; for those below zero, nothing."""
+        """What the adapters `ids (rows,)` add for the rows of `x`: nothing below zero, NaN if there is none such."""
 
 
 class Route(abc.ABC):
@@ -67,27 +74,35 @@ def every(count: int) -> tuple["Route", ...]:
     return tuple(map(One, range(count)))
 
 
-@_pytree()
+@_pytree("lengths")
 class ByRow(Route):
     """For every row its own adapter."""
 
     ids: jax.Array  # (batch,)
+    lengths: tuple[int, ...] = ()  # of the place
 
     def __call__(self, members, x):
         ids, batch = self.ids, len(self.ids)
-        if not isinstance(x, Operand) and x.shape[0] != batch:
-            if x.ndim > 2 or x.shape[0] % batch:
-                raise ValueError(f"Adapters are chosen for {batch} rows, and what enters a layer is {x.shape}.")
-            ids = jnp.repeat(ids, x.shape[0] // batch)  # rows and tokens on one axis
+        if isinstance(x, Operand):  # what is looked up or convolved has no rows before the product
+            return Weighted(jax.nn.one_hot(ids, members.count)[:, None], every(members.count), self.lengths)(members, x)
+        if x.shape[0] != batch:
+            tokens, rest = divmod(x.shape[0], batch)
+            if x.ndim > 2 or rest or (self.lengths and tokens not in self.lengths):
+                raise ValueError(
+                    f"Adapters are chosen for {batch} rows, and what enters a layer is {x.shape}: leave it out of "
+                    "their `targets`."
+                )
+            ids = jnp.repeat(ids, tokens)  # rows and tokens on one axis
         return members.by_row(ids, x)
 
 
-@_pytree()
+@_pytree("lengths")
 class Weighted(Route):
     r"""$\sum_n g_n\,part_n(x)$."""
 
-    gates: jax.Array  # (batch or 1, seq or 1, parts)
+    gates: jax.Array  # (batch, seq or 1, parts), or (1, 1, parts) for all rows
     parts: tuple[Route, ...]
+    lengths: tuple[int, ...] = ()
 
     def __call__(self, members, x):
         total = None
@@ -104,16 +119,18 @@ class Weighted(Route):
         if batch == seq == 1:
             return gate.reshape(())
         lead = y.shape[:-1]
-        if len(lead) == 1 and lead[0] == batch * seq:  # rows and tokens on one axis
-            return gate.reshape(-1, 1)
-        fits = lead[0] == batch or batch == 1
-        if not fits or (seq > 1 and (len(lead) < 2 or lead[1] < seq)):
+        flat = len(lead) == 1 and lead[0] != batch  # rows and tokens on one axis
+        tokens = lead[0] // batch if flat else (*lead, 1)[1]
+        known = tokens >= seq and tokens in (self.lengths if seq == 1 else (seq, *self.lengths))
+        if lead[0] != (batch * tokens if flat else batch) or not (known or (seq == 1 and not flat)):
             raise ValueError(
                 f"Adapters have weights for {batch} rows of {seq} tokens, and what a layer returns has the shape "
                 f"{y.shape}: leave it out of their `targets`, or give weights for rows alone."
             )
-        if seq > 1:  # what stands before the tokens, such as a prompt, goes with the first
-            gate = jnp.pad(gate, ((0, 0), (lead[1] - seq, 0)), mode="edge")
+        if seq > 1 or flat:  # what stands before the tokens, such as a prompt, goes with the first
+            gate = jnp.pad(gate, ((0, 0), (tokens - seq, 0)), mode="edge")
+        if flat:
+            return gate.reshape(-1, 1)
         return gate.reshape(*gate.shape[: len(lead)], *[1] * (y.ndim - min(2, len(lead))))
 
 

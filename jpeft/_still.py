@@ -5,7 +5,7 @@ from typing import Any, Self
 import jax
 
 from ._manifest import class_name, classes
-from ._node import Frozen, Node, Role, Static
+from ._node import Frozen, Node, Role, Static, is_node
 
 
 class Still(Node):
@@ -17,12 +17,13 @@ class Still(Node):
 
     @classmethod
     def of(cls, node: Node) -> Self:
-        arrays, constants = node.parts(Role.TRAINABLE, Role.FROZEN), node.parts(Role.STATIC)
-        return cls(arrays=arrays, kind=class_name(type(node)), constants=tuple(constants.items()))
+        still = lambda x: cls.of(x) if is_node(x) else x
+        arrays = jax.tree.map(still, node.parts(Role.TRAINABLE, Role.FROZEN), is_leaf=is_node)
+        return cls(arrays=arrays, kind=class_name(type(node)), constants=tuple(node.parts(Role.STATIC).items()))
 
     @property
     def node(self) -> Any:
-        return classes()[self.kind](**self.arrays, **dict(self.constants))
+        return classes()[self.kind](**thawed(self.arrays), **dict(self.constants))
 
 
 def is_still(x: Any) -> bool:

@@ -9,7 +9,7 @@ import jax
 
 from ._kernel import STACK, fold, stacked
 from ._lazy import Lazy, read
-from ._merge import beside, folded_in
+from ._merge import beside, folded_in, number
 from ._node import Additive, Affine, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value, whole
 from ._shared import SHARED, repeated, resolve, unshare
 from ._targets import Call, Option, Sites, Targets, kernels, name_of, named_leaves, options, parameters, select
@@ -365,8 +365,8 @@ def place(params: Params, at: dict[str, Node], name: str) -> Params:
         below = {p.removeprefix(inside).partition("/")[0] for p in at if p != path and p.startswith(inside)}
         here = {k: walk(tree.get(k, {}), inside + k) for k in (*tree, *sorted(below - tree.keys()))}
         if path in at:
-            taken = sum(isinstance(x, Additive) for x in here.values())  # a number that tells the order of all of them
-            here[f"{name}_{taken}" if taken else name] = at[path]
+            there = beside(here)  # a number tells the order of all of them
+            here[f"{name}_{1 + number(there[-1][0])}" if there else name] = at[path]
         return here
 
     return walk(params, "")

@@ -10,6 +10,7 @@ import pytest
 import jpeft
 from jpeft import Frozen, Trainable
 from jpeft._shared import SHARED
+from jpeft.testing import subject
 
 
 class Net(nn.Module):
@@ -170,3 +171,33 @@ def test_nodes_beside_a_module_act_in_the_order_they_were_attached(params):
     y = dense(params)
     np.testing.assert_allclose(run(a), rest(2 * (y + branch(y)), params), rtol=1e-5)
     np.testing.assert_allclose(run(b), rest(2 * y + branch(2 * y), params), rtol=1e-5)
+
+
+def test_a_new_node_takes_the_place_of_none(params):
+    """Also where an earlier one is gone: it still acts last."""
+    one = jpeft.bottleneck(width=2, targets="layers_0")
+    tree = one(one(params))
+    kept = tree["layers_0"].pop("bottleneck_1"), tree["layers_0"].pop("bottleneck")
+    tree["layers_0"]["bottleneck_1"] = kept[0]
+    again = one(tree)["layers_0"]
+    assert again["bottleneck_1"] is kept[0]
+    assert isinstance(again["bottleneck_2"], jpeft.Bottleneck)
+
+
+def test_options_of_nodes_within():
+    """A node around another hands on what the model's own call does not know."""
+
+    class Told(jpeft.Additive):
+        x: Trainable[jax.Array]
+
+        def around(self, call, key, *args, times, **kwargs):
+            return call(*args, **kwargs) * times
+
+    model = subject("decoder")
+    told = {**model.params, "told": Told(x=jnp.ones(1))}
+    y = jpeft.apply(model.model, {"params": told}, *model.args, times=1.0, allow_unused=True)
+    both = jpeft.reft(told, rank=2, init="identity", sites=model.sites)
+    found = jpeft.apply(model.model, {"params": both}, *model.args, times=2.0, allow_unused=True)
+    np.testing.assert_allclose(found, 2 * y, rtol=1e-5)
+    with pytest.raises(TypeError, match="unknown"):
+        jpeft.apply(model.model, {"params": both}, *model.args, times=2.0, unknown=1, allow_unused=True)

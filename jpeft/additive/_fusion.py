@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from .._checksum import same
+from .._merge import beside
 from .._node import Frozen, Static, Trainable, cast, is_param, widened
 from .._operands import dropout as drop
 from .._shared import SHARED, refs, resolve, unshare
 from .._still import Still
 from .._targets import Sites, name_of
-from .._tree import Params, attach, nodes_of, shared_arrays
+from .._tree import Params, attach, modules, nodes_of, shared_arrays
 from ._bottleneck import affine
 from ._hidden import Hidden
 
@@ -70,8 +71,8 @@ def fuse(
       identity, with $10^{-6}$ beside the diagonal.
 
     **Raises** `ValueError`, with every path, for trees that differ in their bases or in other nodes, two adapters of a
-    tree at one module, and adapters of one module that are not at the same of its sides; for a temperature that is not
-    above 0, a dropout outside `[0, 1)`, and for modules as `attach` does.
+    tree at one module, nodes around an adapter, and adapters of one module that are not at the same of its sides; for
+    a temperature that is not above 0, a dropout outside `[0, 1)`, and for modules as `attach` does.
     """
     if not trees or temperature <= 0 or not 0 <= dropout < 1:
         raise ValueError(f"Fuse trees, at a temperature above 0, dropout in [0, 1), not {temperature=}, {dropout=}.")
@@ -84,6 +85,9 @@ def fuse(
             at[path].append(node)
         counts = Counter(path for path, _ in nodes)
         faults += [f"tree {n}: {path} has {count} adapters" for path, count in counts.items() if count > 1]
+        outer = {path: beside(modules(tree)[path])[-1] for path in counts}
+        around = [f"{path}/{name}" for path, (name, x) in outer.items() if not isinstance(x, Hidden)]
+        faults += [f"tree {n}: {name} acts around an adapter" for name in around]
         faults += [] if nodes else [f"tree {n}: it has no adapter"]
     sides = {path: sorted({node.at for node in nodes}) for path, nodes in at.items()}
     faults += [f"{path}: adapters at its {' and '.join(s)}" for path, s in sides.items() if len(s) > 1]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .._node import Static, Trainable, whole
 from .._shared import share
 from .._targets import Targets, named_leaves, one_of, select
-from .._tree import Params, default, modules, place, transform
+from .._tree import Params, default, modules, nodes_of, place, transform
 from ..places import EMBEDDINGS, FINAL_NORM
 from ..selective._unfreeze import Free
 from ._bottleneck import STARTS, activation_of, affine, arrays
@@ -74,8 +74,11 @@ def invertible(
     - `key`: for the initialisation; `jax.random.key(0)` if left out.
 
     **Raises** `ValueError` where there is not one such module of embeddings, with a table of its own or below it, for
-    a bottleneck without features, for an unknown init or activation, and for an `inverse` that matches no module.
+    a bottleneck without features, a second one in a tree, for an unknown init or activation, and for an `inverse` that
+    matches no module.
     """
+    if nodes_of(params, Invertible):
+        raise ValueError("This tree has an invertible adapter: the inverses of two would act in the wrong order.")
     one_of("init", init, STARTS)
     activation_of(activation)
     known = modules(params)

@@ -13,6 +13,7 @@ from .._tree import Params, default, place, transform
 from ..places import ATTENTION
 from ..selective._layers import LAYERS
 from ._prefix import called
+from ._prefix_nodes import apart, set_apart
 
 
 class LlamaAdapter(Additive):
@@ -20,7 +21,7 @@ class LlamaAdapter(Additive):
 
     $A(x, P) = O\,\mathrm{softmax}(q K_P^\top / \sqrt{w})\,V_P$ with $q$ of $x$ as for the tokens, and $K_P$ and $V_P$
     of $P$ through the module's own projections, whatever nodes those have. The prompt has no positions, so that its
-    keys are not rotated, and all of it is seen.
+    keys are not rotated, and all of it is seen. No prefix is before it.
 
     Zhang et al., [LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init
     Attention](https://arxiv.org/abs/2303.16199), ICLR 2024.
@@ -31,6 +32,8 @@ class LlamaAdapter(Additive):
     among: Frozen[Any] = None  # of stacked layers: 1 where they have it, and 0 where not
 
     def around(self, call, key, *args, **kwargs):
+        if apart():
+            return call(*args, **kwargs)
         given = inspect.signature(call).bind(*args, **kwargs)
         if "context" not in given.signature.parameters:
             raise ValueError(
@@ -43,7 +46,9 @@ class LlamaAdapter(Additive):
         prompt = jnp.broadcast_to(self.prompt.astype(x.dtype), (len(x), *self.prompt.shape))
         given.arguments |= {"context": prompt} | {n: None for n in ("mask", "cache") if n in given.arguments}
         gate = self.gate if self.among is None else self.gate * self.among
-        y = y + gate.astype(y.dtype) * call(*given.args, **given.kwargs)
+        with set_apart(True):
+            seen = call(*given.args, **given.kwargs)
+        y = y + gate.astype(y.dtype) * seen
         return (y, *rest) if isinstance(result, tuple) else y
 
 

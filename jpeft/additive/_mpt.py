@@ -9,6 +9,7 @@ from .._node import Trainable
 from .._targets import TABLE, Targets
 from .._tree import Params, default, transform
 from ._prompt import SoftPrompt, put_prompt
+from ._tasks import check_task
 
 
 class MPT(SoftPrompt):
@@ -26,7 +27,12 @@ class MPT(SoftPrompt):
         if tasks is None and len(self.u) > 1:
             raise ValueError(f"Which of the {len(self.u)} tasks? Call the model with `task_ids`, (batch,) integers.")
         tasks = jnp.zeros(1, jnp.int32) if tasks is None else tasks
-        return self.rows[None] * (self.u[tasks] @ self.v[tasks])
+        u, v = (jnp.take(x, tasks, axis=0) for x in (self.u, self.v))  # NaN, for tasks that there are not
+        return self.rows[None] * (u @ v)
+
+    def at_rest(self, task=None):
+        check_task(task, len(self.u))
+        return super().at_rest(task)
 
 
 @transform

@@ -19,6 +19,8 @@ from ._room import check_limit, positions
 class Shift(Additive):
     """Position ids move up by `length`: at the table of positions, or else in the call of the model."""
 
+    innermost = True  # the position ids are those of the prompts, too
+
     length: Static[int]
     limit: Static[int | None] = None  # the positions of the table that this stands beside
 

@@ -1,6 +1,8 @@
 """The prefixes of keys and values: as they train, or made by a network."""
 
 import abc
+import contextvars
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._context import setting
 from .._node import Additive, Static, Trainable
 from .._shared import Ref, share
 from .._targets import Call
 from .._tree import Params
 from ..selective._unfreeze import Free
 from ._ptuning import uniform
+
+
+# Whether attention is to something by itself, as LLaMA-Adapter's prompt is: no prefix is before it.
+_apart: contextvars.ContextVar[bool] = contextvars.ContextVar("apart", default=False)
+apart = _apart.get
+set_apart = functools.partial(setting, _apart)
 
 
 class Prefixed(Additive):
@@ -31,6 +40,8 @@ class Prefixed(Additive):
         return Prefix(keys=keys, values=values)
 
     def output(self, y, *args):
+        if apart():
+            return y
         key, value, mask = y  # (batch, keys, heads, width) twice, and (batch or 1, heads or 1, queries, keys)
         keys, values = self.pair()
         before = lambda p, x: jnp.concatenate([jnp.broadcast_to(p.astype(x.dtype), (len(x), *p.shape)), x], axis=1)

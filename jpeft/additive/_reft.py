@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from .._kernel import stacked
 from .._node import Static, Trainable, widened
 from .._operands import dropout as drop
 from .._targets import Option, Sites, Targets, no_match, one_of
@@ -40,22 +41,25 @@ class ReFT(Hidden):
     last: Static[int | None] = None
 
     def within(self, dtype):
-        return super().within(dtype).replace(rotation=self.rotation)  # rounded vectors are other reflections
+        # Rounded vectors are other reflections, and of W - R rounding W and R would leave nothing right.
+        return super().within(dtype).replace(rotation=self.rotation, source=self.source)
 
     def change(self, h, key):
-        r = self.columns().astype(h.dtype)
-        source = self.source - r if self.subtract else self.source
-        f = drop(affine(h, source, self.bias) @ r.T, self.dropout, key)
+        r, source = self.columns(), widened(self.source)
+        source = (source - r if self.subtract else source).astype(h.dtype)
+        f = drop(affine(h, source, self.bias) @ r.astype(h.dtype).T, self.dropout, key)
         if self.first is None:
             return f
         return jnp.where(chosen(self.first, self.last, h.shape)[..., None], f, jnp.zeros_like(f))
 
     def at_rest(self, task=None):
-        return self.replace(rotation=self.columns(), orthonormal=False)
+        if not self.orthonormal:
+            return self
+        return self.replace(rotation=stacked(ReFT.columns, self.bias.ndim - 1)(self), orthonormal=False)
 
     def columns(self) -> jax.Array:
         """$R$, in float32 at least."""
-        return reflected(widened(self.rotation)) if self.orthonormal else self.rotation
+        return reflected(widened(self.rotation)) if self.orthonormal else widened(self.rotation)
 
 
 def reflected(v: jax.Array) -> jax.Array:

@@ -53,6 +53,10 @@ class Room(Additive):
     limit: Static[int | None] = None  # the most positions that the model has embeddings for
     tasks: Static[bool] = False  # whether the model is called with `task_ids` (batch,) for the prompts
 
+    @property
+    def ahead(self):
+        return self.length
+
     def around(self, call, key, *args, **kwargs):
         keep = kwargs.pop("keep_prompt", (opened() or Opened()).keep)
         outer = entered(self.tasks, kwargs)._replace(keep=keep)
@@ -60,7 +64,7 @@ class Room(Additive):
         cache = given.arguments.get("cache")
         if cache is not None and cache.filled:
             if given.arguments.get("position_ids") is not None:
-                given.arguments["position_ids"] += self.length
+                given.arguments["position_ids"] = given.arguments["position_ids"] + self.length  # it may be NumPy's
             with opening(outer._replace(length=0, cached=True)):
                 return call(*given.args, **given.kwargs)
         decodes, theirs = decoders(given)
@@ -81,7 +85,10 @@ class Room(Additive):
         ids = token_ids(arrays)
         tokens = arrays[ids].shape[1]
         check_limit(tokens, self.length, self.limit)
+        text = arrays[ids]
         arguments |= {name: _widened(name, x, tokens, self.length) for name, x in arrays.items()}
+        if (first := _first(text, arrays)) is not None:  # padding may be without a position
+            arguments[ids] = jnp.concatenate([jnp.repeat(first, self.length, axis=1), text], axis=1)
         if "cache" in arguments and "cache" not in theirs and arguments["cache"] is not None:
             arguments["cache"] = arguments["cache"].grow(self.length)
         return ids, tokens + self.length
@@ -112,10 +119,26 @@ def token_ids(arrays: Mapping[str, jax.Array]) -> str:
     return ids
 
 
+def is_mask(name: str) -> bool:
+    """Whether an argument tells what is attended to."""
+    return "mask" in name and name not in FRONT
+
+
+def masks_of(ids: jax.Array, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
+    """The masks of tokens among arrays, bool (batch, tokens)."""
+    return [x.astype(bool) for name, x in arrays.items() if is_mask(name) and x.shape == ids.shape]
+
+
+def _first(ids: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array | None:
+    """The first of each row's ids (batch, 1) that is no padding, where there is a mask."""
+    masks = masks_of(ids, arrays)
+    return jnp.take_along_axis(ids, jnp.argmax(masks[0], axis=1)[:, None], axis=1) if masks else None
+
+
 def _widened(name: str, x: jax.Array, tokens: int, length: int) -> jax.Array:
     """An argument with `length` places before those of the tokens on each axis of theirs."""
     before = lambda axis: [(length if n == axis else 0, 0) for n in range(x.ndim)]
-    if "mask" in name:
+    if is_mask(name):
         attend = 0 if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 2 else 1  # added to scores, or multiplied
         if x.ndim > 2 and x.shape[-2] == tokens:  # the prompt sees the prompt alone
             hidden = jnp.finfo(x.dtype).min if attend == 0 else 0
@@ -133,7 +156,7 @@ def _widened(name: str, x: jax.Array, tokens: int, length: int) -> jax.Array:
     return jnp.pad(x, before(1), mode="edge")
 
 
-FRONT = {"labels": IGNORED, "segment_ids": -1}  # of no segment, but seen by all
+FRONT = {"labels": IGNORED, "loss_mask": 0, "segment_ids": -1}  # of no segment, but seen by all
 
 
 def positions(leaves: Mapping[str, Any]) -> dict[str, int]:

@@ -17,6 +17,12 @@ class Tasks(Additive):
         return None  # what needed it has one task
 
 
+def check_task(task: int | None, known: int) -> None:
+    """**Raises** `ValueError` for a task that is none of those that are `known`."""
+    if task is not None and not 0 <= task < known:
+        raise ValueError(f"There is no task {task}: there are {known}, numbered from 0.")
+
+
 def task_ids() -> jax.Array | None:
     """The tasks `(batch,)` that the call of the model gave, if it did."""
     room = opened()

@@ -11,7 +11,7 @@ from flax import struct
 
 from .._node import Additive, Static
 from ._positions import ranks_of
-from ._room import arrays_of, decoders, entered, opening, token_ids
+from ._room import arrays_of, decoders, entered, masks_of, opening, token_ids
 
 
 @struct.dataclass
@@ -47,7 +47,8 @@ class Template(Additive):
             with opening(outer._replace(ids=None, decodes=True)):
                 return call(*given.args, **given.kwargs)
         arrays = arrays_of(given.arguments, theirs)
-        ids = arrays[token_ids(arrays)]
+        name = token_ids(arrays)
+        ids = given.arguments[name] = jnp.array(arrays[name])  # a copy: a decoder may be given the same
         if cache is None or decodes:
             self._check(ids.shape[1] - outer.length)
         own = self._own(ids, outer.length, arrays)
@@ -64,8 +65,7 @@ class Template(Additive):
     def _own(self, ids: jax.Array, length: int, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """Which ids are places (batch, tokens): none of those that a prompt has put before, and none that is masked."""
         own = (ids == self.placeholder) & (jnp.arange(ids.shape[1]) >= length)[None]
-        masks = [x for name, x in arrays.items() if "mask" in name and x.shape == ids.shape]
-        return functools.reduce(lambda own, mask: own & mask.astype(bool), masks, own)
+        return functools.reduce(jnp.logical_and, masks_of(ids, arrays), own)
 
     def _check(self, tokens: int) -> None:
         if tokens < self.length:

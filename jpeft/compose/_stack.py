@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._checksum import same
-from .._expressions import directed
+from .._expressions import Stacked, directed
 from .._kernel import STACK
 from .._merge import beside
 from .._node import Additive, Affine, Branch, Leaf, Matrix, Node, Reparam, Role
@@ -55,7 +55,7 @@ def stack(adapters: Sequence[Params] | Mapping[str, Params], *, freeze: bool = F
         groups = _grouped(chains, axes.count(STACK), freeze)
         new[path] = lambda base, how=groups, axes=axes: StackedBranches(base=base, axes=axes, names=names, **how)
     params = replaced(params, new, over_nodes=True)
-    for (path, kind, _), chains in _by_place(nodes).items():
+    for (path, kind, _), chains in sorted(_by_place(nodes).items(), key=lambda item: item[0][2]):  # later ones outside
         sizes = _stack_of(next(iter(chains.values()))[0])
         new = kind(names=names, stack=sizes, **_grouped(chains, len(sizes), freeze))
         params = place(params, {path: new}, "stack")
@@ -86,6 +86,8 @@ def unstack(params: Params) -> dict[str, Params]:
 def _one(params: Params, number: int) -> Params:
     tree = strip(params)
     for name, x in named_leaves(params).items():
+        while isinstance(x, Reparam) and not isinstance(x, StackedBranches):
+            x = x.base
         if isinstance(x, StackedBranches):
             nodes = _member(x, number, x.depth)
 
@@ -127,7 +129,7 @@ def _parts(tree: Params) -> tuple[Kept, Kept, list[str]]:
         while isinstance(x, Reparam):
             chain.append(x)
             x = x.base
-        wrong = [n for n in chain if not isinstance(n, Branch) or refs(n.replace(base=None))]
+        wrong = [n for n in chain if not isinstance(n, Branch) or isinstance(n, Stacked) or refs(n.replace(base=None))]
         wrong += [x] if isinstance(x, Leaf) and not isinstance(x, Matrix) else []
         stuck += [f"{path}: {type(n).__name__}, {_why(n)}" for n in wrong]
         if isinstance(top, Reparam) and not wrong:
@@ -144,6 +146,8 @@ def _parts(tree: Params) -> tuple[Kept, Kept, list[str]]:
 
 def _kind(node: Additive) -> Callable | None:
     """What nodes of this kind are stacked in."""
+    if isinstance(node, Stacked):
+        return None
     if isinstance(node, Affine):
         return StackedAffine
     return _HIDDEN[node.at] if isinstance(node, Hidden) and node.at in _HIDDEN else None
@@ -153,6 +157,8 @@ _HIDDEN = {at: functools.partial(StackedHidden, at=at) for at in ("output", "inp
 
 
 def _why(node: Node) -> str:
+    if isinstance(node, Stacked):
+        return "which is a stack: take it apart by `jpeft.unstack`"
     if refs(node):
         return "which shares arrays with other nodes"
     return "which does not add something that it alone makes of activations"

@@ -11,6 +11,7 @@ from flax import struct
 from .._context import setting
 from .._node import Additive, Static, Trainable, widened
 from ..additive._hidden import Hidden
+from ..additive._prefix_nodes import apart
 from ..models._cache import Cache
 
 
@@ -104,6 +105,8 @@ class GatedPrefix(Additive):
     length: Static[int]
 
     def output(self, y, *args):
+        if apart():
+            return y
         keys, values, mask = y  # (batch, keys, heads, width) twice
         gate = _prefix.get()[:, None, None, None]
         times = lambda x: x.at[:, : self.length].multiply(gate.astype(x.dtype))

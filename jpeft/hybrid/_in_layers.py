@@ -8,7 +8,7 @@ import jax
 from .._node import Additive
 from .._shared import SHARED
 from .._targets import Sites, named_leaves
-from .._tree import Params, default, takes_sites, transform
+from .._tree import Params, default, modules, takes_sites, transform
 from ..selective._layers import held, places
 
 
@@ -35,7 +35,8 @@ def in_layers(
     - `sites`: for the method, if it takes them: those of its layers.
     - `key`: for the method; `jax.random.key(0)` if left out.
 
-    **Raises** `ValueError` for layers that are not there, for layers that are stacked, and as the method does.
+    **Raises** `ValueError` for layers that are not there, for layers that are stacked, for a method that puts nothing
+    in layers, and as the method does.
     """
     at = places(named_leaves(params), pattern, 0)
     if stacks := sorted({place.stack for place in at.values() if place.layer is None}):
@@ -58,8 +59,19 @@ def in_layers(
     if sites is not None and takes_sites(method):
         modules = {path: call for path, call in sites.modules.items() if not hidden(path)}
         how = {"sites": Sites({n: site for n, site in sites.items() if not hidden(n)}, modules)}
-    made = method(_without(params, hidden), key=default(key), **how)
+    seen = _without(params, hidden)
+    made = method(seen, key=default(key), **how)
+    if _inside(made, chosen) == _inside(seen, chosen):
+        raise ValueError(
+            "The method acts outside of all layers alone, as a prompt or a side network does: apply it to the whole "
+            "tree."
+        )
     return _joined(params, made, chosen, "")
+
+
+def _inside(tree: Params, roots: set[str]) -> list[Any]:
+    """The structures of the modules at the paths `roots`."""
+    return [jax.tree.structure(x) for path, x in modules(tree).items() if path in roots]
 
 
 def _without(tree: Params, hidden: Callable[[str], bool], path: str = "") -> Params:

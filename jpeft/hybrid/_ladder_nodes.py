@@ -147,7 +147,9 @@ class Ladder(Additive):
         for name, shape in self.absent:
             tree = put(tree, name, jnp.zeros(shape, dtype))
         tree = place(tree, {self.outlet: Seen(see=keep)}, "seen")
-        result = side.apply({"params": tree}, *given.args, **given.kwargs)
+        known = inspect.signature(type(side).__call__).parameters
+        options = {name: x for name, x in given.kwargs.items() if name in known}  # others are for nodes in the model
+        result = side.apply({"params": tree}, *given.args, **options)
         return reached[0], result
 
 

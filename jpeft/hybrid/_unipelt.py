@@ -63,9 +63,12 @@ def unipelt(
     - `sites`: has the shapes of keys and values. It must be given.
     - `key`: for all starts; `jax.random.key(0)` if left out. The gates start near one half.
 
-    **Raises** `ValueError` for a rank below one, a dropout outside `[0, 1)`, and as `prefix` and `bottleneck` do.
+    **Raises** `ValueError` for a rank below one, a dropout outside `[0, 1)`, a second one in a tree, and as `prefix`
+    and `bottleneck` do.
     """
     check(rank, dropout)
+    if nodes_of(params, Gates):
+        raise ValueError("This tree has gates: a cache has room for those of one UniPELT.")
     keys = jax.random.split(default(key), 4)
 
     def new(key, features_in, features_out):

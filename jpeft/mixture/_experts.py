@@ -24,8 +24,8 @@ class Experts(Term):
     def gates(self, x: jax.Array) -> jax.Array:
         """$g(x)$: `(..., in)` -> `(..., expert)`, in float32."""
 
-    def term(self, x, key):
-        inner = jnp.einsum("...i,eir->...er", x, self.a) * self.gates(x).astype(x.dtype)[..., None]
+    def term(self, x, dropped, key):
+        inner = jnp.einsum("...i,eir->...er", dropped, self.a) * self.gates(x).astype(x.dtype)[..., None]
         return self.scale * jnp.einsum("...er,ero->...o", inner, self.b)
 
 

@@ -7,7 +7,7 @@ from .._kernel import stacked
 from .._node import Static, Trainable, widened
 from .._targets import Option, Sites, Targets
 from .._tree import Params, place, transform
-from ..additive._tasks import Tasks, task_ids
+from ..additive._tasks import Tasks, check_task, task_ids
 from ..reparam._factors import check, scale_of, uniform
 from ..reparam._lora import LoRA
 from ._term import Term, attach_terms
@@ -33,7 +33,7 @@ class Poly(Term):
     def random(self):
         return True
 
-    def term(self, x, key):
+    def term(self, x, dropped, key):
         tasks, known = task_ids(), len(self.logits)
         if tasks is None and known > 1:
             raise ValueError(f"Which of the {known} tasks? Call the model with `task_ids`, (batch,) integers.")
@@ -42,12 +42,12 @@ class Poly(Term):
         if len(tasks) not in (1, len(x)):
             raise ValueError(f"There are `task_ids` for {len(tasks)} examples, and what enters a layer is {x.shape}.")
         a, b = self.mixed(tasks, key)
-        rows = x.reshape(len(tasks), -1, x.shape[-1])
+        rows = dropped.reshape(len(tasks), -1, x.shape[-1])
         return (self.scale * (rows @ a) @ b).reshape(*x.shape[:-1], -1)
 
     def mixed(self, tasks: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """$A$ (n, in, rank) and $B$ (n, rank, out) of tasks (n,)."""
-        logits = widened(self.logits)[tasks]
+        logits = jnp.take(widened(self.logits), tasks, axis=0)  # NaN, for tasks that there are not
         z = jax.nn.sigmoid(logits if key is None else logits + jax.random.logistic(key, logits.shape))
         w = (z / jnp.sum(z, axis=-1, keepdims=True)).astype(self.a.dtype)
         a = jnp.einsum("nqk,qkir->nqir", w, self.a)
@@ -58,6 +58,7 @@ class Poly(Term):
         tasks = self.logits.shape[-3]
         if task is None and tasks > 1:
             raise ValueError(f"Which of the {tasks} tasks? `jpeft.collapse(params, task=k)` leaves that of one.")
+        check_task(task, tasks)
         mixed = stacked(lambda node: node.mixed(jnp.array([task or 0]), None), self.a.ndim - 4)
         a, b = (jnp.squeeze(x, -3) for x in mixed(self))
         return LoRA(a=a, b=b, scale=self.scale, dropout=self.dropout, axes=self.axes)

@@ -24,12 +24,12 @@ class Term(Hidden):
     outputs: Static[tuple[int, ...] | None] = None  # the sizes of its output axes, where it has several
 
     @abc.abstractmethod
-    def term(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """$f(x)$: `(..., in)` -> `(..., out)`."""
+    def term(self, x: jax.Array, dropped: jax.Array, key: jax.Array | None) -> jax.Array:
+        """$f(x)$: `(..., in)` -> `(..., out)`. Factors see `x` after dropout, what weighs them `x` itself."""
 
     def change(self, h, key):
         x = h.reshape(*h.shape[: h.ndim - self.axes.count(IN)], -1)
-        y = self.term(drop(x, self.dropout, key), fold_in(key, 1))
+        y = self.term(x, drop(x, self.dropout, key), fold_in(key, 1))
         return y if self.outputs is None else y.reshape(*y.shape[:-1], *self.outputs)
 
 

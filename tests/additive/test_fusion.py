@@ -30,7 +30,8 @@ def members(model, *options, **every):
 
 def with_identity(params):
     """With V = I."""
-    still = lambda x: x.replace(value=jnp.broadcast_to(jnp.eye(16), x.value.shape)) if is_fusion(x) else x
+    ones = lambda x: jnp.broadcast_to(jnp.eye(x.shape[-1]), x.shape)
+    still = lambda x: x.replace(value=ones(x.value)) if is_fusion(x) else x
     return jax.tree.map(still, params, is_leaf=is_fusion)
 
 
@@ -250,6 +251,23 @@ def test_faults_are_told_together():
         "tree 4: it has no adapter",
         "layers_0/mlp/down: adapters at its input and output",
     ]
+
+
+def test_an_adapter_that_something_acts_around():
+    """The fusion would come last."""
+    model = subject("decoder")
+    outer = jpeft.beft(members(model, {})[0], targets="layers_0/mlp/down")
+    with pytest.raises(ValueError, match=r"tree 0: layers_0/mlp/down/beft_1 acts around an adapter\Z"):
+        jpeft.fuse([outer])
+
+
+def test_nodes_within_a_member_do_not_train():
+    model = subject("decoder")
+    gated = jpeft.unipelt(model.params, rank=2, length=2, prefix_width=3, width=3, sites=model.sites)
+    gated = trained(gated, 1)
+    params = jpeft.fuse([gated], sites=model.sites)
+    close(model.run(with_identity(params)), model.run(gated), 2e-5)
+    assert not any(jax.tree.leaves(node.members) for node in fusions(jpeft.partition(params)[0]).values())
 
 
 def test_equal_bases_need_not_be_one():

@@ -153,3 +153,8 @@ def test_in_an_encoder():
 def test_refuses(kind, options, message):
     with pytest.raises(ValueError, match=message):
         jpeft.invertible(subject(kind).params, **options)
+
+
+def test_refuses_a_second_one():
+    with pytest.raises(ValueError, match="has an invertible adapter"):
+        jpeft.invertible(adapted(subject("decoder").params))

@@ -115,6 +115,25 @@ def without(params):
     return {k: without(x) if isinstance(x, dict) else x for k, x in kept.items()}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_its_softmax_is_over_its_own_prompt(order):
+    """A prefix, or another such prompt, has its part beside it, and none in it: the changes add up."""
+    module, x = Attention(2, 2, use_bias=True), jax.random.normal(jax.random.key(0), (2, 5, 16))
+    params = shaken(module.init(jax.random.key(1), x)["params"], jax.random.key(2))
+    sites = jpeft.sites(module, {"params": params}, x)
+    one, two = (
+        jpeft.LlamaAdapter(prompt=jax.random.normal(jax.random.key(n), (3, 16)), gate=jnp.ones(())) for n in (3, 4)
+    )
+    run = lambda params: jpeft.apply(module, {"params": params}, x)
+    other = jpeft.prefix(params, length=2, sites=sites, key=jax.random.key(5))
+    there = [("", two), ("", one)][::order]
+    both = other
+    for path, node in there:
+        both = jpeft._tree.place(both, {path: node}, "llama_adapter")
+    alone = sum(run(params | {"llama_adapter": node}) - run(params) for node in (one, two))
+    close(run(both) - run(other), alone)
+
+
 def test_other_layers_of_a_stack_keep_their_gates_closed():
     model = subject("decoder", True)
     tuned = jpeft.llama_adapter(model.params, length=3, layers=1, sites=model.sites)

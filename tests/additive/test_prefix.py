@@ -1,5 +1,6 @@
 """Keys and values before those of the tokens: those of a text are the text; others, a gated sum of two attentions."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +110,19 @@ def test_segments_behind_a_prompt_and_a_prefix(order):
     close(y, jnp.concatenate([run(IDS[:1, :3]), run(IDS[:1, 3:])], axis=1))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_cache_behind_a_prompt_and_a_prefix(order):
+    """Positions: the prefix has the first, the prompt the next, and then come the tokens; in either order."""
+    model = subject("decoder")
+    steps = [jpeft.prompt(length=4), jpeft.prefix(length=3, sites=model.sites)]
+    tuned = jpeft.chain(*steps[::order])(model.params, key=None)
+    run = lambda ids, **how: jpeft.apply(model.model, {"params": tuned}, ids, allow_unused=True, **how)
+    y, cache = run(IDS[:, :4], cache=model.model.init_cache(2, 6))
+    rest, cache = run(IDS[:, 4:], cache=cache)
+    np.testing.assert_array_equal(cache.positions[0], 3 + np.arange(10))
+    close(jnp.concatenate([y, rest], axis=1), run(IDS))
+
+
 @pytest.mark.parametrize("kind", ["decoder", "learned"])
 def test_with_a_cache(kind):
     """A part of the tokens first, and then the others, one at a time: the cache has the tokens alone."""
@@ -166,3 +180,35 @@ def test_refuses(options, message):
     model = subject("decoder")
     with pytest.raises(ValueError, match=message):
         jpeft.prefix(model.params, **{"sites": model.sites} | options)
+
+
+class Shared(nn.Module):
+    """Layers that share their attention; with `stop`, an output that gradients do not come back from."""
+
+    layers: int = 1
+    stop: bool = False
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(32, 16)(ids)
+        attention = nn.MultiHeadDotProductAttention(2)
+        for _ in range(self.layers):
+            x += attention(x, x)
+        return (jax.lax.stop_gradient(x) if self.stop else x), jnp.argmax(x, axis=-1)
+
+
+def test_keys_and_values_pass_once():
+    """Outputs of integers have no part in it. Zeros, or a sum over layers, would be no keys of the text."""
+    params = Shared().init(jax.random.key(0), TEXT[None])["params"]
+    keys = jpeft.init_prefix(Shared(), params, TEXT)["MultiHeadDotProductAttention_0"]["kv"]["prefix"].keys
+    own = params["MultiHeadDotProductAttention_0"]["key"]
+    close(keys, jnp.einsum("td,dhw->thw", params["Embed_0"]["embedding"][TEXT], own["kernel"]) + own["bias"][None])
+    for model in (Shared(layers=2), Shared(stop=True)):
+        with pytest.raises(ValueError, match=r"pass once, and do not at \['MultiHeadDotProductAttention_0/kv/tap'\]"):
+            jpeft.init_prefix(model, params, TEXT)
+
+
+def test_no_text_behind_a_prompt():
+    model = subject("decoder")
+    with pytest.raises(ValueError, match="call `init_prefix` first"):
+        jpeft.init_prefix(model.model, jpeft.prompt(model.params, length=2), TEXT)

@@ -140,6 +140,15 @@ def test_a_decoder_has_no_places():
     close(jnp.concatenate([y, rest], axis=1), want)
 
 
+def test_a_decoder_with_the_same_ids_has_no_places():
+    model = T5(T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4,
+                        relative_attention_num_buckets=8, tie_word_embeddings=False))  # fmt: skip
+    params = shaken(model.init(jax.random.key(0), IDS, None, IDS)["params"], jax.random.key(3))
+    tuned = jpeft.prompt(params, length=3, init=ROWS, placeholder=PLACE)
+    want = model.apply({"params": own_tokens(params, ROWS, "shared")}, WANTED, MASK, IDS)
+    close(jpeft.apply(model, {"params": tuned}, IDS, MASK, IDS), want)
+
+
 def test_generation_goes_on_in_the_template():
     """The last token of a text is read alone: it may be a place, whose number the cache tells."""
     config = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,

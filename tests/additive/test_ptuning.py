@@ -98,6 +98,14 @@ def test_every_example_has_the_prompt_of_its_task():
         jpeft.collapse(params)
 
 
+def test_other_tasks_have_no_prompt():
+    params = trained(jpeft.mpt(tasks=3, length=4))
+    found = run(params, task_ids=jnp.array([2, 3]))
+    assert np.all(np.isfinite(found[0])) and np.all(np.isnan(found[1]))
+    with pytest.raises(ValueError, match="no task 3: there are 3"):
+        jpeft.collapse(params, task=3)
+
+
 def test_factors_of_one_are_the_shared_prompt():
     init = jax.random.normal(jax.random.key(3), (4, 16))
     params = jpeft.mpt(subject("decoder").params, tasks=2, rank=3, length=4, init=init)

@@ -250,8 +250,18 @@ def test_columns_stay_orthonormal(dtype):
 def test_vectors_are_not_rounded():
     node = tuned(subject("decoder"))["layers_0"]["reft"]
     half = node.within(jnp.bfloat16)
-    assert half.source.dtype == jnp.bfloat16
+    assert half.bias.dtype == jnp.bfloat16
     np.testing.assert_array_equal(half.columns(), node.columns())
+
+
+def test_small_edits_are_not_rounded_away():
+    """Of W - R, where W has left R by less than bfloat16 tells numbers of its size apart."""
+    node = tuned(subject("decoder"), positions="all")["layers_0"]["reft"]
+    step = 1e-4 * jax.random.normal(jax.random.key(0), node.source.shape)
+    node = node.replace(source=node.columns() + step, bias=jnp.zeros(3))
+    h = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    found = node.within(jnp.bfloat16).change(h.astype(jnp.bfloat16), None)
+    close(found.astype(jnp.float32), h @ step @ node.columns().T, 0.03)
 
 
 def test_columns_are_orthonormal_of_any_vectors():
@@ -310,12 +320,13 @@ def test_arrays_for_first_and_last():
     assert not y[1:6].any()
 
 
-def test_at_rest():
+@pytest.mark.parametrize("scan", [False, True])
+def test_at_rest(scan):
     """R itself in place of reflections: to the same effect."""
-    model = subject("decoder")
+    model = subject("decoder", scan)
     params = tuned(model)
     fixed = jpeft.collapse(params)
-    assert not fixed["layers_1"]["reft"].orthonormal
+    assert not fixed["layers" if scan else "layers_1"]["reft"].orthonormal
     close(model.run(fixed), model.run(params))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jpeft
-from jpeft.models import T5, T5Config
+from jpeft.models import T5, Encoder, EncoderConfig, T5Config
 from jpeft.testing import shaken, subject
 
 
@@ -154,3 +154,43 @@ def test_structures_are_cut_in_their_arrays():
     assert output.states.shape == (2, TOKENS, 16) and output.name == "output"
     np.testing.assert_array_equal(output.pooled, jnp.full((2, 16), TOKENS + LENGTH))
     assert plain.shape == (2, TOKENS + LENGTH) and number == 3 and nothing is None
+
+
+class Weighed(nn.Module):
+    @nn.compact
+    def __call__(self, ids, loss_mask):
+        x = nn.Embed(32, 16, name="embed")(ids)
+        return jnp.sum(jnp.sum(x, axis=2) * loss_mask), x
+
+
+@pytest.mark.parametrize("placeholder", [None, 31])
+def test_a_mask_of_losses_is_not_of_tokens(placeholder):
+    """The prompt has no part in the loss; its places in a text, which have none either, are places."""
+    ids, counts = IDS.at[:, :LENGTH].set(31), jnp.ones((2, TOKENS)).at[:, :LENGTH].set(0)
+    params = Weighed().init(jax.random.key(0), ids, counts)["params"]
+    tuned = jpeft.prompt(params, length=LENGTH, init=ROWS, placeholder=placeholder)
+    loss, x = jpeft.apply(Weighed(), {"params": tuned}, ids, counts)
+    close(loss, Weighed().apply({"params": params}, ids, counts)[0])
+    close(x[:, :LENGTH], params["embed"]["embedding"][ids[:, :LENGTH]] if placeholder is None else np.stack([ROWS] * 2))
+
+
+def test_position_ids_of_numpy_stay_as_they_are():
+    model = subject("decoder")
+    tuned, _ = prompted(model)
+    _, cache = calls(model.model, tuned, IDS, MASK, (0, 4), model.model.init_cache(2, TOKENS))
+    positions = np.array([[4, 5], [4, 5]], np.int32)
+    jpeft.apply(model.model, {"params": tuned}, IDS[:, 4:], None, positions, cache=cache, allow_unused=True)
+    np.testing.assert_array_equal(positions, [[4, 5], [4, 5]])
+
+
+def test_a_prompt_before_padding_without_positions():
+    """RoBERTa counts the tokens that are no padding: the prompt's are none."""
+    model = Encoder(EncoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                  num_attention_heads=2, max_position_embeddings=16, padding_idx=0))  # fmt: skip
+    ids = jnp.where(MASK == 1, jnp.maximum(IDS, 1), 0)
+    params = shaken(model.init(jax.random.key(0), ids)["params"], jax.random.key(3), 0.5)
+    tuned = jpeft.prompt(params, length=LENGTH, init=OWN)
+    found = jpeft.apply(model, {"params": tuned}, ids, MASK)
+    want = model.apply({"params": params}, front(ids, OWN), front(MASK, jnp.ones(LENGTH)))[:, LENGTH:]
+    close(found[0], want[0])
+    close(found[1, 2:], want[1, 2:])

@@ -8,7 +8,7 @@ import pytest
 
 import jpeft
 from jpeft import Average, Parallel, Sequence, Split
-from jpeft.testing import shaken
+from jpeft.testing import shaken, subject
 
 
 BATCH, SEQ, WIDTH = 4, 5, 8
@@ -200,3 +200,147 @@ def test_half_precision_and_gradients():
     alone = [jpeft.partition(tree) for tree in LORAS]
     own = jax.grad(lambda t: jnp.sum(jnp.sin(run(jpeft.combine(t, alone[2][1]), None)[1:3])))(alone[2][0])
     np.testing.assert_allclose(node.b[2], own["dense"]["kernel"].b, atol=1e-5)
+
+
+class Shapes(nn.Module):
+    """One kernel, called with what `of` makes of the token embeddings."""
+
+    of: str
+
+    @nn.compact
+    def __call__(self, ids, other=None):
+        x = nn.Embed(16, WIDTH, name="embed")(ids if other is None else other)
+        dense = nn.Dense(WIDTH, use_bias=False, name="dense")
+        if self.of == "rows and tokens on one axis":
+            return dense(x.reshape(-1, WIDTH)).reshape(x.shape)
+        if self.of == "table":
+            return x + jnp.broadcast_to(dense(jnp.ones((8, WIDTH)))[:1], x.shape)
+        return dense(x.mean(1) if self.of == "pooled" else x)
+
+
+def shapes(of, adapters, ids=IDS, *args):
+    return jpeft.apply(Shapes(of), {"params": OF_LORAS}, ids, *args, adapters=adapters)
+
+
+def test_weights_of_tokens_are_of_no_rows():
+    """Where there are as many of both, too: what a pooled layer returns has no tokens."""
+    ids = IDS[:, :BATCH]
+    weights = jnp.ones((BATCH, BATCH, 3))
+    for adapters in (Split("a", "b", at=[2]), weights):
+        with pytest.raises(ValueError, match=r"4 rows of 4 tokens, and what a layer returns .* \(4, 8\)"):
+            shapes("pooled", adapters, ids)
+    rows = shapes("pooled", Parallel("a", "b"), ids)
+    np.testing.assert_allclose(rows[0], shapes("pooled", "a", ids)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [3, 7])
+def test_weights_of_tokens_are_of_one_sequence(length):
+    """A layer that sees another one, as in a decoder beside an encoder, is not given them moved."""
+    other = jnp.ones((BATCH, length), jnp.int32)
+    with pytest.raises(ValueError, match=f"4 rows of 5 tokens, and what a layer returns .* \\(4, {length}, 8\\)"):
+        shapes("tokens", Split("a", "b", at=[2]), IDS, other)
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [Split("a", "b", at=[2]), np.array([0, 2, 2, -1]), Parallel(Sequence("a", "b"), "c"), np.eye(3)[[0, 1, 2, 0]]],
+)
+def test_rows_and_tokens_on_one_axis(adapters):
+    found = shapes("rows and tokens on one axis", adapters)
+    np.testing.assert_allclose(found, run(OF_LORAS, adapters), atol=1e-5)
+
+
+def test_rows_are_not_found_in_what_has_none():
+    """Eight latents are not four rows of two tokens."""
+    with pytest.raises(ValueError, match=r"for 4 rows, and what enters a layer is \(8, 8\)"):
+        shapes("table", np.array([0, 1, 2, 0]))
+    shapes("table", "a")
+
+
+@pytest.mark.parametrize("adapters", [Split("a", "b", at=[3]), Split("b", "a", at=[5])])
+def test_positions_with_a_prompt_in_the_base(adapters):
+    """They are those of the tokens, in calls with a cache as in those without."""
+    model = subject("decoder")
+    trees = [jpeft.partition(jpeft.lora(model.params, rank=2, sites=model.sites)) for _ in "ab"]
+    trees = [jpeft.combine(shaken(t, jax.random.key(n), 0.5), f) for n, (t, f) in enumerate(trees)]
+    params = {"params": jpeft.prompt(jpeft.stack(dict(zip("ab", trees, strict=True))), length=2)}
+    (ids, *_), net = model.args, model.model
+    whole = jpeft.apply(net, params, ids, adapters=adapters)
+    _, cache = jpeft.apply(net, params, ids[:, :4], cache=net.init_cache(2, 6), adapters=adapters)
+    rest, _ = jpeft.apply(net, params, ids[:, 4:], cache=cache, adapters=adapters, allow_unused=True)
+    np.testing.assert_allclose(rest, whole[:, 4:], atol=2e-5)
+    assert np.abs(whole - jpeft.apply(net, params, ids, adapters="a")).max() > 1e-2
+
+
+def test_refuses_rows_of_rows():
+    with pytest.raises(ValueError, match="Parallel within Parallel"):
+        Parallel(Sequence("a", Parallel("a", "b")), "c")
+
+
+def test_refuses_numbers_that_there_are_not():
+    with pytest.raises(ValueError, match=r"no adapters \[3, 7\] in this stack: a, b, c"):
+        run(OF_LORAS, np.array([0, 3, 7, -1]))
+    with pytest.raises(ValueError, match=r"no adapters \[3\]"):
+        run(OF_LORAS, jnp.array([0, 3, 3, -1]))
+    found = jax.jit(lambda ids: run(OF_LORAS, ids))(jnp.array([0, 3, 7, -1]))  # which nobody sees before the call runs
+    assert np.isnan(found[1:3]).all() and np.isfinite(found[np.array([0, 3])]).all()
+
+
+def test_refuses_stacks_of_stacks():
+    for inner, path in ((OF_LORAS, "dense/kernel: StackedBranches"), (OF_HIDDEN, "dense/stack: StackedHidden")):
+        with pytest.raises(ValueError, match=path):
+            jpeft.stack([inner, LORAS[0]])
+
+
+def test_unstacks_what_others_stand_on():
+    trees = jpeft.unstack(jpeft.lora(jpeft.activate(OF_LORAS, "a"), rank=1, targets="dense/kernel"))
+    np.testing.assert_allclose(run(trees["b"], None) - BASE, B, atol=1e-5)
+
+
+def test_nodes_keep_their_order():
+    """Beside one module, those of each adapter, whatever others have there."""
+    node = lambda at, n: HIDDEN[n]["dense"]["bottleneck"].replace(at=at)
+    tree = lambda *nodes: PARAMS | {"dense": PARAMS["dense"] | {f"x_{n}" if n else "x": x for n, x in enumerate(nodes)}}
+    trees = [
+        tree(node("output", 0), node("input", 1), node("output", 2)),
+        tree(node("output", 1), node("output", 2), node("output", 0)),
+    ]
+    for n, alone in enumerate(trees):
+        np.testing.assert_allclose(run(jpeft.stack(trees), n), run(alone, None), atol=1e-5)
+
+
+@pytest.mark.parametrize("adapters", ["a", np.array([0, 1, 0, -1]), Sequence("a", "b")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: jpeft.lora(PARAMS, rank=2, dropout=0.5, targets="dense/kernel"),
+        lambda: jpeft.adamix_lora(PARAMS, rank=2, targets="dense/kernel"),
+        lambda: jpeft.bottleneck(PARAMS, width=3, dropout=0.5, targets="dense"),
+        lambda: jpeft.adamix(PARAMS, width=3, targets="dense"),
+    ],
+    ids=["lora", "adamix_lora", "bottleneck", "adamix"],
+)
+def test_what_is_random_stays_so(make, adapters):
+    """Where a call has a key, and what is stacked trains."""
+    _, tree = stacked(make)
+    draw = lambda tree, n: run(tree, adapters, rngs=jax.random.key(n))
+    rest = run(tree, adapters)
+    assert np.abs(draw(tree, 0) - rest).max() > 1e-2
+    assert np.abs(draw(tree, 0) - draw(tree, 4)).max() > 1e-2
+    if isinstance(adapters, np.ndarray):
+        np.testing.assert_array_equal(draw(tree, 0)[3], rest[3])
+
+
+def test_rows_drop_on_their_own():
+    (tree, *_), _ = stacked(lambda: jpeft.bottleneck(PARAMS, width=3, stochastic_depth=0.5, targets="dense"))
+    ids = jnp.zeros((64, 3), jnp.int32)
+    found = run(jpeft.stack([tree]), np.zeros(64, int), ids, rngs=jax.random.key(3)) - run(PARAMS, None, ids)
+    out = np.all(found == 0, axis=(1, 2))
+    assert 16 < out.sum() < 48
+    np.testing.assert_array_equal(out, np.any(found == 0, axis=(1, 2)))
+
+
+def test_nothing_drops_in_frozen_stacks():
+    trees, _ = stacked(lambda: jpeft.lora(PARAMS, rank=2, dropout=0.5, targets="dense/kernel"))
+    tree = jpeft.stack(trees, freeze=True)
+    np.testing.assert_array_equal(run(tree, 0, rngs=jax.random.key(0)), run(tree, 0))

@@ -17,6 +17,7 @@ KINDS = {
     "bottleneck": lambda p, s, n: jpeft.bottleneck(p, width=RANKS[n], scale=1.0 + n, sites=s),
     "parallel": lambda p, s, n: jpeft.bottleneck(p, width=RANKS[n], placement="parallel", sites=s),
     "ia3": lambda p, s, n: jpeft.ia3(p, sites=s),
+    "experts": lambda p, s, n: jpeft.moe_lora(p, rank=RANKS[n], experts=2, sites=s),
     "mixed": lambda p, s, n: list(KINDS.values())[n](p, s, n),
     "nested": lambda p, s, n: jpeft.lora(jpeft.lora(p, rank=2, sites=s), rank=RANKS[n], sites=s),
     "parts": lambda p, s, n: jpeft.lora(p, rank=2, sites=s, targets=[".*/query/kernel", ".*/(up|down)/kernel"][n % 2]),
@@ -105,3 +106,35 @@ def test_sixteen_ranks_cost_what_one_does():
     extra = many.memory_analysis().temp_size_in_bytes - one.memory_analysis().temp_size_in_bytes
     assert extra < params["kernel"].nbytes
     assert jpeft.stack(trees)["kernel"].base is params["kernel"]
+
+
+def test_experts_of_a_model_have_no_rows():
+    """Tokens in the order of their experts: adapters are chosen for the call as a whole, alone and in sums."""
+    from jpeft.models._experts import MixtureOfExperts
+
+    model, x = MixtureOfExperts(3, 2, 8, jax.nn.silu, True), jax.random.normal(jax.random.key(0), (2, 5, 16))
+    params = model.init(jax.random.key(1), x)["params"]
+    sites = jpeft.sites(model, {"params": params}, x)
+    make = lambda n: jpeft.lora(params, rank=1 + n, sites=sites, targets="experts/.*")
+    parts = [jpeft.partition(make(n)) for n in range(2)]
+    trees = [jpeft.combine(shaken(t, jax.random.key(n), 0.3), f) for n, (t, f) in enumerate(parts)]
+    run = lambda tree, adapters=None: jpeft.apply(model, {"params": tree}, x, adapters=adapters)
+    both = jpeft.stack(trees)
+    np.testing.assert_allclose(run(both, 1), run(trees[1]), atol=1e-5)
+    expected = run(jpeft.merge(jpeft.activate(both, jnp.array([2.0, -1.0]))))
+    np.testing.assert_allclose(run(both, jnp.array([2.0, -1.0])), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="differ by row or token"):
+        run(both, np.array([0, 1]))
+
+
+def test_rotations_stay_exact_in_half_precision():
+    """A node that keeps some of its arrays in float32 does so in a stack."""
+    import flax.linen as nn
+
+    model, x = nn.Dense(8, dtype=jnp.bfloat16), jax.random.normal(jax.random.key(0), (2, 3, 8))
+    params = model.init(jax.random.key(1), x)["params"]
+    sites = jpeft.sites(model, {"params": params}, x)
+    t, f = jpeft.partition(jpeft.reft(params, rank=2, positions="all", targets="", sites=sites))
+    tree = jpeft.combine(shaken(t, jax.random.key(2), 0.5), f)
+    run = lambda tree, adapters=None: jpeft.apply(model, {"params": tree}, x, adapters=adapters)
+    np.testing.assert_array_equal(run(jpeft.stack([tree]), 0), run(tree))

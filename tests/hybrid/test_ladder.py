@@ -337,3 +337,13 @@ def test_refuses_a_second_one():
     model = subject("decoder")
     with pytest.raises(ValueError, match="has a ladder"):
         made(model, made(model))
+
+
+def test_options_of_nodes_in_the_model():
+    """The side network is called without them: a prompt's tasks are no argument of its own."""
+    model = subject("decoder")
+    told = made(model, jpeft.mpt(model.params, length=2, tasks=2))
+    run = lambda tasks: jpeft.apply(model.model, {"params": told}, *model.args, task_ids=jnp.array(tasks))
+    first, second = run([0, 0]), run([1, 1])
+    assert np.abs(first - second).max() > 1e-4
+    close(run([1, 0])[0], second[0])

@@ -116,6 +116,12 @@ def test_refuses(options, message):
         jpeft.s4(params, sites=sites, **options)
 
 
+@pytest.mark.parametrize("method", [jpeft.prompt(length=2), jpeft.invertible()])
+def test_refuses_what_stands_outside_of_layers(method):
+    with pytest.raises(ValueError, match="outside of all layers alone"):
+        jpeft.in_layers(subject("decoder").params, method=method, layers=[0])
+
+
 def test_refuses_layers_that_are_not_there_or_stacked():
     _, params, _ = encoder(4)
     for layers, message in (([4, -5], r"the layers \[4, -5\]"), ([], "`layers` is empty")):

@@ -171,6 +171,8 @@ def test_refuses():
         jpeft.unipelt(model.params)
     with pytest.raises(ValueError, match="rank=0"):
         jpeft.unipelt(model.params, rank=0, sites=model.sites)
+    with pytest.raises(ValueError, match="has gates"):
+        jpeft.unipelt(made(model), sites=model.sites)
     with pytest.raises(ValueError, match=re.escape("(2, 1, 6, 6): give `gate_mask`")):
         jpeft.apply(model.model, {"params": made(model)}, model.args[0], jnp.ones((2, 1, 6, 6)))
 

@@ -47,6 +47,14 @@ def by_formula(params, x, top):
     return jnp.stack(rows).reshape(*x.shape[:-1], -1)
 
 
+def test_the_router_sees_what_is_dropped():
+    """Dropout is of what the experts see."""
+    params = of_dense(dropout=0.5)
+    _, usual = jpeft.load_balance(DENSE, {"params": params}, X)
+    y, found = jpeft.load_balance(DENSE, {"params": params}, X, rngs=jax.random.key(0))
+    assert found == usual and np.abs(y - jpeft.apply(DENSE, {"params": params}, X)).max() > 1e-2
+
+
 @pytest.mark.parametrize("top", [None, 1, 2, 3])
 def test_formula_and_gradients(top):
     params, trains = of_dense(top=top), ("router", "a", "b")

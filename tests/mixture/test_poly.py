@@ -96,6 +96,14 @@ def test_one_skill_is_lora(scan, base):
     close(found, model.run(alone), 1e-4)
 
 
+def test_other_tasks_have_no_mixture():
+    params = tuned()
+    found = run(params, task_ids=TASKS.at[0].set(3))
+    assert np.all(np.isnan(found[0])) and np.all(np.isfinite(found[1:]))
+    with pytest.raises(ValueError, match="no task 3: there are 3"):
+        jpeft.collapse(params, task=3)
+
+
 def test_a_certain_task_has_its_skill():
     params = tuned(skills=2)
     node = params["dense"]["poly"]

@@ -134,3 +134,14 @@ def test_refuses():
         jpeft.apply_xlora(model.model, {"params": params}, model.args[0], cache=model.model.init_cache(2, 8))
     with pytest.raises(ValueError, match=r"no XLoRA node.*jpeft\.xlora"):
         jpeft.apply_xlora(model.model, {"params": jpeft.stack(trees)}, *model.args)
+
+
+def test_goes_with_a_prompt_in_the_base():
+    """Its positions have weights of their own."""
+    model, trees = tuned(2)
+    params = jpeft.prompt(jpeft.xlora(trees, sites=model.sites), length=3)
+    bias = jnp.array([0.0, 100.0])
+    params = map_nodes(lambda x: x.replace(layers=((x.layers[0][0], bias),)), params, jpeft.XLoRA)
+    found = jpeft.apply_xlora(model.model, {"params": params}, *model.args)
+    alone = jpeft.apply(model.model, {"params": params}, *model.args, adapters=1, allow_unused=True)
+    np.testing.assert_allclose(found, alone, atol=1e-5)
