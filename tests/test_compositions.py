@@ -19,7 +19,7 @@ NAMES = (
 QUICK = "lora"  # pairs of it with others; all other pairs run after the rest
 MAKE = {method.name: method.make for method in METHODS}
 MODEL = subject("decoder")
-REFUSED: dict[tuple[str, str], str] = {}  # (first, second) -> what the error says
+REFUSED = {("unipelt", "unipelt"): "This tree has gates"}  # (first, second) -> what the error says
 
 
 def tuned(name, params, seed):

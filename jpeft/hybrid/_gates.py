@@ -41,6 +41,8 @@ class Gate(NamedTuple):
     def __call__(self, h: jax.Array) -> jax.Array:
         """h (batch, ..., features) -> (batch,), in float32 at least. Of an example without tokens it is 0."""
         scope, wide = _scope.get(), widened(h)
+        if apart() and self.slot in (scope.found or {}):  # attention to something else, beside that to the tokens
+            return jnp.maximum(scope.found[self.slot], 0.0)
         each = jax.nn.sigmoid(wide @ self.kernel.astype(wide.dtype) + self.bias.astype(wide.dtype))
         gate = _mean(each, scope.mask)
         if scope.caches:
@@ -51,6 +53,7 @@ class Gate(NamedTuple):
                 )
             known = scope.known[self.slot].astype(gate.dtype)
             gate = jnp.where(known == UNKNOWN, gate, known)
+        if scope.found is not None:
             scope.found[self.slot] = gate
         return jnp.maximum(gate, 0.0)
 
@@ -161,11 +164,12 @@ class LayerGates(Additive):
     count: Static[int]
 
     def around(self, call, key, *args, **kwargs):
-        cache = kwargs.get("cache")
-        if cache is None:
-            return call(*args, **kwargs)
-        known, found = cache.gates[cache.layer], {}
+        cache, found = kwargs.get("cache"), {}
+        known = None if cache is None else cache.gates[cache.layer]
         with setting(_scope, _scope.get()._replace(known=known, found=found)):
-            y, after = call(*args, **kwargs)
+            result = call(*args, **kwargs)
+        if cache is None:
+            return result
+        y, after = result
         gates = jnp.stack([found.get(n, known[n]) for n in range(self.count)])
         return y, after.replace(gates=after.gates.at[cache.layer].set(gates.astype(known.dtype)))

@@ -184,3 +184,23 @@ def test_refuses_two_stacks():
     sites = jpeft.sites(T5(config), {"params": params}, ids, None, ids)
     with pytest.raises(ValueError, match="an encoder and a decoder"):
         jpeft.apply(T5(config), {"params": jpeft.unipelt(params, sites=sites, **SIZES)}, ids, None, ids)
+
+
+@pytest.mark.parametrize("first", ["unipelt", "llama_adapter"])
+def test_gates_of_a_second_attention_are_those_of_the_first(first):
+    """LLaMA-Adapter calls the attention again, on its prompt: in a cache the gates stay those of the tokens."""
+    model = subject("decoder")
+    make = {
+        "unipelt": jpeft.unipelt(length=2, prefix_width=None, width=3, rank=2, sites=model.sites),
+        "llama_adapter": jpeft.llama_adapter(length=3, sites=model.sites),
+    }
+    second = next(name for name in make if name != first)
+    trainable, frozen = jpeft.partition(make[second](make[first](model.params)))
+    params = jpeft.combine(shaken(trainable, jax.random.key(1), 0.5), frozen)
+    ids = model.args[0]
+    run = lambda *args, **how: jpeft.apply(model.model, {"params": params}, *args, **how)
+    seen = jnp.ones_like(ids).at[:, 4:].set(0)
+    whole = run(ids, gate_mask=seen)
+    _, cache = run(ids[:, :4], cache=model.model.init_cache(2, 6))
+    later, _ = run(ids[:, 4:], cache=cache)
+    np.testing.assert_allclose(later, whole[:, 4:], atol=2e-5)
