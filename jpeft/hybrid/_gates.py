@@ -27,7 +27,9 @@ class Scope(NamedTuple):
     found: dict[int, jax.Array] | None = None  # those of the layer in this call, by slot
 
 
-_scope: contextvars.ContextVar[Scope] = contextvars.ContextVar("scope", default=Scope())  # noqa: B039 - immutable
+OUTSIDE = Scope()
+
+_scope: contextvars.ContextVar[Scope] = contextvars.ContextVar("scope", default=OUTSIDE)
 _prefix: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("prefix", default=None)
 
 

@@ -75,3 +75,15 @@ def adapters(params):
     """The bottleneck adapters, by the path of their module."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, jpeft.Bottleneck))
     return {"/".join(k.key for k in path[:-1]): x for path, x in leaves if isinstance(x, jpeft.Bottleneck)}
+
+
+def results(run, params):
+    """The output, and gradients of a loss."""
+    trainable, frozen = jpeft.partition(params)
+
+    def loss(trainable):
+        y = run(jpeft.combine(trainable, frozen))
+        return jnp.mean((y - jnp.cos(jnp.arange(y.size)).reshape(y.shape)) ** 2), y
+
+    grads, y = jax.jit(jax.grad(loss, has_aux=True))(trainable)
+    return y, grads

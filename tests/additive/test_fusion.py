@@ -60,18 +60,6 @@ def fused(node, nodes, h, temperature, scale):
     return sum(a[n][..., None] * (z @ node.value) for n, z in enumerate(terms))
 
 
-def results(run, params):
-    """The output, and gradients of a loss."""
-    trainable, frozen = jpeft.partition(params)
-
-    def loss(trainable):
-        y = run(jpeft.combine(trainable, frozen))
-        return jnp.mean((y - jnp.cos(jnp.arange(y.size)).reshape(y.shape)) ** 2), y
-
-    grads, y = jax.jit(jax.grad(loss, has_aux=True))(trainable)
-    return y, grads
-
-
 @pytest.mark.parametrize(
     ("kind", "placement", "temperature"), [("decoder", "pfeiffer", 1.0), ("encoder", "parallel", 3.0)]
 )
@@ -95,7 +83,7 @@ def test_formula(kind, placement, temperature):
         run = by_hand.encoder if kind == "encoder" else by_hand.decoder
         return run(model.model.config, params, *model.args, around)
 
-    (y, grads), (want, slopes) = results(model, params), results(formula, params)
+    (y, grads), (want, slopes) = by_hand.results(model, params), by_hand.results(formula, params)
     assert np.abs(want - model.output).max() > 0.1
     close(y, want)
     close(grads, slopes, 1e-4)

@@ -73,18 +73,6 @@ def by_formula(model, params, mask, method, chosen):
     return run(model.model.config, params, IDS, mask, around)
 
 
-def results(run, params):
-    """The output, and gradients of a loss."""
-    trainable, frozen = jpeft.partition(params)
-
-    def loss(trainable):
-        y = run(jpeft.combine(trainable, frozen))
-        return jnp.mean((y - jnp.cos(jnp.arange(y.size)).reshape(y.shape)) ** 2), y
-
-    grads, y = jax.jit(jax.grad(loss, has_aux=True))(trainable)
-    return y, grads
-
-
 @pytest.mark.parametrize(
     ("kind", "method", "side", "positions"),
     [
@@ -101,8 +89,8 @@ def test_formula(kind, method, side, positions):
     chosen = jnp.ones(mask.shape, bool) if positions == "all" else counted(mask, *counts)
     real = mask.astype(jnp.float32)[..., None]  # what padding comes to, nobody asks
     run = lambda params: jpeft.apply(model.model, {"params": params}, IDS, mask) * real
-    y, grads = results(run, params)
-    want, slopes = results(lambda params: by_formula(model, params, mask, method, chosen) * real, params)
+    y, grads = by_hand.results(run, params)
+    want, slopes = by_hand.results(lambda params: by_formula(model, params, mask, method, chosen) * real, params)
     close(y, want)
     close(grads, slopes, 1e-4)
     assert np.abs(y - jax.jit(run)(model.params)).max() > 0.1
@@ -343,8 +331,8 @@ def test_rematerialized_layers():
     model = subject("decoder", scan=True)
     params = tuned(model, positions="f1+l2")
     again = model.model.clone(remat=True)
-    found = results(lambda p: jpeft.apply(again, {"params": p}, *model.args), params)
-    close(found, results(model, params))
+    found = by_hand.results(lambda p: jpeft.apply(again, {"params": p}, *model.args), params)
+    close(found, by_hand.results(model, params))
 
 
 def test_encoder_of_two():
