@@ -16,7 +16,7 @@ NAMES = (
     "lora", "dora", "oft", "bitfit_created", "ia3", "houlsby", "parallel", "compacter", "loreft", "prompt", "prefix",
     "llama_adapter", "moe_lora", "unipelt",
 )  # fmt: skip
-QUICK = "lora"  # pairs of it with others; all other pairs run after the rest
+QUICK = {("lora", second) for second in ("dora", "ia3", "houlsby", "prompt", "prefix")}  # others run after the rest
 MAKE = {method.name: method.make for method in METHODS}
 MODEL = subject("decoder")
 REFUSED = {("unipelt", "unipelt"): "This tree has gates"}  # (first, second) -> what the error says
@@ -29,7 +29,7 @@ def tuned(name, params, seed):
 
 
 def case(first, second):
-    marks = [] if first == QUICK else [pytest.mark.slow]
+    marks = [] if (first, second) in QUICK else [pytest.mark.slow]
     return pytest.param(first, second, marks=marks)
 
 

@@ -36,11 +36,11 @@ def tuned(name, params, seed):
     return jpeft.combine(shaken(trainable, jax.random.key(seed + 1)), frozen)
 
 
-QUICK = "lora"  # pairs with it on a float base; all others run after the rest
+QUICK = "lora"  # it around others, on a float base; all other pairs run after the rest
 
 
 def case(base, inner, outer):
-    marks = [] if base == "float" and QUICK in (inner, outer) else [pytest.mark.slow]
+    marks = [] if (base, outer) == ("float", QUICK) else [pytest.mark.slow]
     return pytest.param(base, inner, outer, marks=marks)
 
 

@@ -107,7 +107,7 @@ def whole(tiny_model, data, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize(("how", "step"), [("interrupt", 3), pytest.param("kill", 2, marks=SLOW), ("kill", 7)])
+@pytest.mark.parametrize("how, step", [("interrupt", 3), *(pytest.param("kill", n, marks=SLOW) for n in (2, 7))])
 def test_resumed_run_ends_as_a_whole_one(command, tmp_path, whole, monkeypatch, how, step, capsys):
     with monkeypatch.context() as patch:
         stop_after(step, patch, how)

@@ -113,6 +113,7 @@ def test_every_part_has_the_key_that_it_has_in_the_whole(directory):
     same(load(path, scan=True, quantize=transform)[1], transform(load(path, scan=True)[1]))
 
 
+@pytest.mark.slow
 def test_parts_are_read_one_at_a_time_and_let_go(directory, monkeypatch):
     path, alive = directory(random_tensors()), []
     read = Source.read
