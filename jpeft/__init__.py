@@ -33,6 +33,8 @@ from ._node import Reparam as Reparam
 from ._node import Static as Static
 from ._node import Trainable as Trainable
 from ._shared import Ref as Ref
+from ._sharding import shard as shard
+from ._sharding import shardings as shardings
 from ._still import Still as Still
 from ._storage import CheckpointError as CheckpointError
 from ._summary import Summary as Summary

@@ -120,5 +120,4 @@ class _Engine:
         if product is None:
             return None
         self.record.product(eqn, product)
-        bind = lambda vals: _shim.bind(eqn, vals)[0]
-        return [_products.compute(product, bind, vals, key, self.record.note)]
+        return [_products.compute(product, eqn, vals, key, self.record.note)]

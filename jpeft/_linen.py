@@ -12,6 +12,7 @@ import jax
 from ._attention import at_work, passing
 from ._engine import Record
 from ._merge import beside
+from ._mesh import around as on_mesh
 from ._node import Additive, is_node, whole
 from ._shared import unshare
 from ._targets import Call, name_of
@@ -67,7 +68,7 @@ def _own(module: nn.Module, call: Callable) -> Callable:
 def _around(node: Additive, call: Callable, key: Any) -> Callable:
     @functools.wraps(call)
     def around(*args, **kwargs):
-        return node.around(call, key, *args, **kwargs)
+        return on_mesh(node, call, key, args, kwargs)
 
     around.__signature__ = _open(inspect.signature(call))
     return around

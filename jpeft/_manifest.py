@@ -44,7 +44,8 @@ def describe(x: Any, path: str, arrays: dict[str, Any], *, of_base: bool) -> Jso
         return {"ref": x.name, "stack": list(x.stack)}
     if isinstance(x, Node):
         from_base = _from_base(x) if of_base else []
-        fields = {n: _constant(part, f"{path}: {n}") for n, part in x.parts(Role.STATIC).items()}
+        static = {n: part for n, part in x.parts(Role.STATIC).items() if n not in x.local}
+        fields = {n: _constant(part, f"{path}: {n}") for n, part in static.items()}
         for n, part in x.parts(Role.TRAINABLE, Role.FROZEN).items():
             fields[n] = describe(part, f"{path}/{n}", arrays, of_base=n in from_base)
         return {"node": class_name(type(x)), "fields": fields}

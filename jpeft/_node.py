@@ -8,14 +8,18 @@ its arrays are leaves, its numbers are static.
 import abc
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Self, dataclass_transform, get_type_hints
 
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.sharding import NamedSharding, PartitionSpec
 
+from ._division import Division
 from ._kernel import STACK, fold, stacked, unfold
+from ._mesh import explicit_mesh, sharding_of
 from ._shared import SHARED, is_shared, refs, unshare
 
 
@@ -54,6 +58,8 @@ class Node(abc.ABC):  # noqa: B024 - what it asks of a subclass is fields
     grows = ()
     scaled_by = ()
 
+    local = ()  # static fields that tell of the devices of this run: they are not saved
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.roles, cls.dims = {}, {}
@@ -84,6 +90,15 @@ class Node(abc.ABC):  # noqa: B024 - what it asks of a subclass is fields
         """
         return self
 
+    def divided(self, division: Division) -> Self:
+        """The node with the `NamedSharding` of every array in its place, for a parameter so divided.
+
+        **Raises** `ValueError` for one that cannot be.
+        """
+        own = self.parts(Role.TRAINABLE, Role.FROZEN)
+        one = lambda name, x: division.array(x.shape, self.dims[name])
+        return self.replace(**{name: jax.tree.map(functools.partial(one, name), x) for name, x in own.items()})
+
 
 class Leaf(Node, meta.AxisMetadata):
     """Stands in place of a parameter. Flax unboxes it wherever a module asks for that parameter."""
@@ -111,6 +126,20 @@ class Leaf(Node, meta.AxisMetadata):
     def rebuild(self, parameter: Any) -> "Leaf":
         """The node made whole, over what stands at its place in a base tree: for one read back without its base."""
         return self
+
+    def divided(self, division):
+        like = _shape(self).ndim
+        one = lambda x: division.like_parameter(x.shape) if x.ndim == like else division.array(x.shape, None)
+        return jax.tree.map(one, self)
+
+    def told(self, division: Division) -> "Leaf":
+        """The node, told how its parameter is divided."""
+        return self
+
+    def spec(self, of: Callable[[Any], PartitionSpec]) -> PartitionSpec:
+        """How its parameter is divided, where `of(array)` tells that of its arrays."""
+        like = _shape(self).ndim
+        return next((of(x) for x in jax.tree.leaves(self) if x.ndim == like), PartitionSpec())
 
     # Flax's protocol for a boxed parameter.
 
@@ -145,6 +174,8 @@ class Matrix(Leaf):
     def settle(self, w: jax.Array) -> Self:
         """The node, once made, told of the whole kernel that it stands for."""
         return self
+
+    divided = Node.divided
 
     def take(self, fn, axis, drop):
         if self.axes[axis] != STACK:
@@ -196,6 +227,16 @@ class Reparam(Matrix):
 
     def drawn(self, key):
         return self.replace(base=self.base.drawn(key)) if isinstance(self.base, Leaf) else self
+
+    def divided(self, division):
+        base = self.base.divided(division) if isinstance(self.base, Leaf) else division.each(self.base)
+        return Node.divided(self.replace(base=None), division).replace(base=base)
+
+    def told(self, division):
+        return self.replace(base=self.base.told(division)) if isinstance(self.base, Leaf) else self
+
+    def spec(self, of):
+        return spec(self.base, of)
 
     @abc.abstractmethod
     def weight(self, w: jax.Array) -> jax.Array:
@@ -313,10 +354,33 @@ def value(x: Any) -> jax.Array:
 
 
 def whole(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the parameter that `x` is or stands for."""
+    """Shape and dtype of the parameter that `x` is or stands for, and on explicit axes its sharding."""
     while isinstance(x, Reparam):
         x = x.base
-    return jax.eval_shape(value, x)
+    mesh = explicit_mesh(x)
+    if mesh is None:
+        return jax.eval_shape(value, x)
+    over = NamedSharding(mesh, spec(x, lambda a: jax.typeof(a).sharding.spec))
+    return jax.ShapeDtypeStruct(_shape(x).shape, _shape(x).dtype, sharding=over)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    """`whole`, of arrays whose types tell of no mesh."""
+    return jax.eval_shape(value, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x))
+
+
+def spec(x: Any, of: Callable[[Any], PartitionSpec]) -> PartitionSpec:
+    """How the parameter that `x` is or stands for is divided, where `of(array)` tells that of its arrays."""
+    return x.spec(of) if isinstance(x, Leaf) else of(jax.tree.leaves(x)[0])
+
+
+def sharding(x: Any) -> NamedSharding | None:
+    """That of the parameter which `x` is or stands for, as its arrays have it; `None` where they are on no mesh.
+
+    Of an array that is traced it is known where the axes of its mesh are explicit.
+    """
+    on = [found for found in map(sharding_of, jax.tree.leaves(x)) if isinstance(found, NamedSharding)]
+    return NamedSharding(on[0].mesh, spec(x, lambda a: sharding_of(a).spec)) if on else None
 
 
 def rebox(x: Any, new: Any) -> Any:

@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._mesh import automatic, replicated
 from ._node import Amplified, Branch, Leaf, Reparam
 from ._operands import Lookup, NoRule, Routed, Window, fold_in
+from ._shim import bind
 from ._view import View
 
 
@@ -229,16 +231,16 @@ RULES: dict[str, Callable[[Any, list[Any]], Product | None]] = {
 }
 
 
-def compute(product: Product, bind: Callable, vals: list[Any], key: Any, note: Callable) -> jax.Array:
+def compute(product: Product, eqn: Any, vals: list[Any], key: Any, note: Callable) -> jax.Array:
     """The output of a product: that of the base, and what each branch adds; by its value, what has no branch.
 
     A value that has to be formed is formed inside a `jax.checkpoint` with the operation that consumes it, so that it
     does not outlive it: its residual is what it is made of, and the backward pass forms it again.
     """
     others = [v for n, v in enumerate(vals) if n != product.place]
-    fill = lambda w, others: bind([*others[: product.place], w, *others[product.place :]])
+    fill = lambda w, others: bind(eqn, [*others[: product.place], w, *others[product.place :]])[0]
     view, extra = product.view, []
-    while (found := _on_activations(product, view, fold_in(key, len(extra)))) is not None:
+    while (found := _on_activations(product, eqn, vals, view, fold_in(key, len(extra)))) is not None:
         note(view.name, "branched")
         extra.append(found)
         view = view.base
@@ -249,16 +251,30 @@ def compute(product: Product, bind: Callable, vals: list[Any], key: Any, note: C
     return y
 
 
-def _on_activations(product: Product, view: View, key: Any) -> tuple[jax.Array, jax.Array | None] | None:
+def _on_activations(
+    product: Product, eqn: Any, vals: list[Any], view: View, key: Any
+) -> tuple[jax.Array, jax.Array | None] | None:
     """What the node adds to the output, and what it then multiplies it with; `None` where its value must be taken."""
+    if not isinstance(view.node, Branch | Amplified):
+        return None
+
+    def there(x):
+        if x is None:
+            raise NoRule
+        return x
+
+    def branch(vals, view, key):
+        return there(RULES[eqn.primitive.name](eqn, vals).branch(view, key))
+
+    def gain(view):
+        return there(product.outputs(view, view.node.of_base(lambda node, w: node.gain(w))))
+
+    out = eqn.outvars[0].aval
     try:
-        part = product.branch(view, key) if isinstance(view.node, Branch | Amplified) else None
+        part = automatic(branch, vals, view, key, like=out)
+        return part, None if isinstance(view.node, Branch) else automatic(gain, view, like=replicated(out))
     except NoRule:
         return None
-    if part is None or isinstance(view.node, Branch):
-        return None if part is None else (part, None)
-    gain = product.outputs(view, view.node.of_base(lambda node, w: node.gain(w)))
-    return None if gain is None else (part, gain)
 
 
 def _product_of(view: View, fill: Callable, others: list[Any], note: Callable) -> jax.Array:

@@ -7,10 +7,12 @@ from typing import Any, TypeVar
 
 import jax
 
+from ._division import DATA_AXES, Division
 from ._kernel import STACK, fold, stacked
 from ._lazy import Lazy, read
 from ._merge import beside, folded_in, number
-from ._node import Additive, Affine, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, value, whole
+from ._mesh import placed
+from ._node import Additive, Affine, Leaf, Matrix, Node, Reparam, Role, is_node, is_param, rebox, sharding, value, whole
 from ._shared import SHARED, repeated, resolve, unshare
 from ._targets import Call, Option, Sites, Targets, kernels, name_of, named_leaves, options, parameters, select
 
@@ -105,7 +107,10 @@ def wrap(
             if (node := _new_of_parts(keys[name], leaf, **how)) is not None:
                 return node
             leaf = leaf.read()
-        node = _new(keys[name], resolve(leaf, shared), **how)
+        try:
+            node = _new(keys[name], resolve(leaf, shared), over=sharding(leaf), **how)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from e
         return node.replace(base=leaf) if isinstance(node, Reparam) and node.base is None else node
 
     return replaced(params, {name: functools.partial(one, name) for name in axes}, over_nodes)
@@ -139,15 +144,28 @@ def vacant(leaves: Mapping[str, Any], names: Iterable[str]) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("new", "axes", "chosen"))
-def _new(key: jax.Array, leaf: Any, *, new: Callable, axes: str, chosen: tuple[tuple[str, Any], ...]) -> Node:
-    """`new(key, w)` for every matrix `w` in `leaf`; compiled, so that a `w` which `new` does not use is not formed."""
-    w = value(leaf)
-    for size in (n for n, c in zip(w.shape, axes, strict=True) if c == STACK):
-        split = functools.partial(jax.random.split, num=size)
-        key = jax.vmap(split)(key) if key.ndim else split(key)
-    node = stacked(lambda k, w: new(k, w, **dict(chosen)), axes.count(STACK))(key, fold(w, axes))
-    return node.replace(axes=axes).settle(w)
+# Unused arguments are kept: on explicit axes they tell of the devices.
+@functools.partial(jax.jit, static_argnames=("new", "axes", "chosen", "over"), keep_unused=True)
+def _new(
+    key: jax.Array, leaf: Any, *, new: Callable, axes: str, chosen: tuple[tuple[str, Any], ...], over: Any = None
+) -> Node:
+    """`new(key, w)` for every matrix `w` in `leaf`, divided as `over` divides the leaf.
+
+    Compiled, so that a `w` which `new` does not use is not formed, and no more of one than a device's part.
+    """
+
+    def make(key, leaf):
+        w = value(leaf)
+        for size in (n for n, c in zip(w.shape, axes, strict=True) if c == STACK):
+            split = functools.partial(jax.random.split, num=size)
+            key = jax.vmap(split)(key) if key.ndim else split(key)
+        node = stacked(lambda k, w: new(k, w, **dict(chosen)), axes.count(STACK))(key, fold(w, axes))
+        return node.replace(axes=axes).settle(w)
+
+    if over is None or over.mesh.size == 1:
+        return make(key, leaf)
+    division = Division.of(over, whole(leaf).shape, axes, DATA_AXES)
+    return placed(make, key, leaf, to=lambda node: node.divided(division)).told(division)
 
 
 def _new_of_parts(key: jax.Array, leaf: Lazy, *, axes: str, **how: Any) -> Node | None:
@@ -158,7 +176,7 @@ def _new_of_parts(key: jax.Array, leaf: Lazy, *, axes: str, **how: Any) -> Node 
 
     def one(index, w):
         k = functools.reduce(lambda k, at: jax.random.split(k, at[0])[at[1]], zip(leaf.shape, index, strict=False), key)
-        return _new(k, w, axes=axes[leaf.depth :], **how)
+        return _new(k, w, axes=axes[leaf.depth :], over=sharding(w), **how)
 
     return jax.tree.unflatten(jax.tree.structure(whole), jax.tree.leaves(leaf.map(one)))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._layout import UNKNOWN, Layout
+from ._mesh import automatic
 from ._node import Leaf, Matrix, Reparam, take, value, whole
 from ._shared import unshare
 
@@ -54,7 +55,7 @@ class View:
 
     def value(self) -> jax.Array:
         """The array that the view is of."""
-        w = self.layout.arrange(value(self.node))
+        w = self.layout.arrange(automatic(value, self.node, like=whole(self.node)))
         for dtype in self.casts[1:]:
             w = w.astype(dtype)
         w = w if self.gain is None else w * self.gain.astype(w.dtype)

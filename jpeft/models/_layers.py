@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._attention import Attention as Attention
+from ._sharding import along_batch
 
 
 # By the names of Hugging Face's configs.
@@ -124,6 +125,7 @@ def apply_layers(
 
     def step(layer: nn.Module, state: tuple, args: tuple, each: tuple) -> tuple[tuple, None]:
         x, cache = state
+        x = along_batch(x)
         if cache is None:
             return (layer(x, *args, *each), None), None
         return layer(x, *args, *each, cache=cache), None
@@ -141,6 +143,7 @@ def apply_layers(
         for i in range(count):
             now = tuple(array[i] for array in each)
             x, cache = step(module(**fields, name=f"layers_{i}"), (x, cache), args, now)[0]
+    x = along_batch(x)
     return x if cache is None else (x, cache)
 
 

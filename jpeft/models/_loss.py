@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ._sharding import batch_axes
+
 
 IGNORED = -100  # a label that is not to be predicted, as in PyTorch
-LOGITS = 2**26  # in memory at a time: 256 MB in float32
+LOGITS = 2**26  # in memory at a time, on a device: 256 MB in float32
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -36,7 +38,7 @@ def chunked_cross_entropy(
     batch, length = labels.shape
     if length == 0:
         return jnp.zeros((batch, 0), jnp.float32)
-    parts = -(-length // max(1, LOGITS // (batch * size)))
+    parts = -(-length // tokens_at_a_time(batch // batch_axes(batch)[1], size))
     width = -(-length // parts)
     padding = [(0, 0), (0, parts * width - length)]
     x = jnp.pad(x, [*padding, (0, 0)])
@@ -54,6 +56,11 @@ def chunked_cross_entropy(
     )
     y = loop(head, None, part(x), part(labels))[1]
     return y.swapaxes(0, 1).reshape(batch, parts * width)[:, :length]
+
+
+def tokens_at_a_time(rows: int, size: int) -> int:
+    """Of how many tokens of each of `rows`, those on a device, the logits are formed at once, `size` for each."""
+    return max(1, LOGITS // (rows * size))
 
 
 def next_token_losses(

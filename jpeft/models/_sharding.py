@@ -1,5 +1,6 @@
 """Which axes of the models' parameters belong together, and how a mesh of devices divides them."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .._division import DATA_AXES
 from .._targets import name_of
 
 
@@ -28,6 +30,23 @@ RULES: tuple[tuple[str, Names], ...] = (
 
 # What divides them: the axes of a mesh, as they are mostly called. "data" divides the batch, and no parameter.
 AXES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "experts": "expert"}
+
+
+def along_batch(x: jax.Array) -> jax.Array:
+    """Hidden states `(batch, ...)`, divided along the batch and nothing else, by the mesh of `jax.set_mesh`, if any.
+
+    A mesh's axes that divide parameters and the batch would otherwise have XLA choose between them, layer by layer.
+    """
+    axes, _ = batch_axes(len(x))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def batch_axes(batch: int) -> tuple[tuple[str, ...], int]:
+    """The axes of the mesh of `jax.set_mesh` that divide a batch, and into how many parts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in DATA_AXES if axis in mesh.auto_axes)
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    return ((), 1) if batch % parts else (axes, parts)
 
 
 def logical_axes(path: str, ndim: int) -> Names:

@@ -1,13 +1,17 @@
 """What quantized kernels have in common: a kernel kept as codes, groups of weights, two codes a byte."""
 
 import abc
+import dataclasses
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from .._kernel import STACK, folded, unfold
-from .._node import Matrix, Static
+from .._division import entries_of
+from .._kernel import IN, OUT, STACK, folded, unfold
+from .._mesh import constrained
+from .._node import Matrix, Role, Static, whole
 
 
 class Codes(Matrix):
@@ -19,6 +23,10 @@ class Codes(Matrix):
 
     core: Static[tuple[int, ...]] = ()  # the sizes of the kernel's input and output axes, in its order
     dtype: Static[Any] = None  # of the kernel
+    gathered: Static[NamedSharding | None] = None  # how its matrix is divided where it is decoded, if not as at rest
+
+    local = ("gathered",)
+    packed = True  # whether weights of a group share bytes
 
     @abc.abstractmethod
     def decode(self) -> jax.Array:
@@ -27,8 +35,41 @@ class Codes(Matrix):
     def settle(self, w: jax.Array) -> Self:
         return self.replace(core=tuple(n for n, c in zip(w.shape, self.axes, strict=True) if c != STACK), dtype=w.dtype)
 
+    @property
+    def groups(self) -> int:
+        """How many groups of inputs there are that share constants, of one matrix."""
+        name = next(name for name, dims in self.dims.items() if dims and "group" in dims)
+        return getattr(self, name).shape[-2]
+
+    def divided(self, division):
+        parts, inputs = division.parts(division.inputs), folded(whole(self).shape, self.axes)[-2]
+        whole_groups = self.groups % parts == 0 or (self.groups == 1 and not self.packed)
+        if inputs % parts or not whole_groups:
+            raise ValueError(
+                f"its {inputs} inputs are in {self.groups} groups which share constants, and {parts} devices would "
+                "cut one. Quantize in smaller groups, or divide the inputs among fewer devices."
+            )
+        return super().divided(dataclasses.replace(division, data=frozenset()))
+
+    def told(self, division):
+        within = division.without_data()
+        spec = PartitionSpec(within.inputs or None, within.outputs or None)
+        return self.replace(gathered=NamedSharding(division.whole.mesh, spec) if within != division else None)
+
+    def spec(self, of):
+        *stack, inputs, outputs = entries_of(of(self.codes), self.depth + 2)
+        entries = {STACK: iter(stack), IN: iter([inputs]), OUT: iter([outputs])}
+        return PartitionSpec(*(next(entries[c], ()) or None for c in self.axes))
+
+    def _here(self) -> Self:
+        """One matrix, its codes and constants divided as its weights are to be: what moves is small then."""
+        if self.gathered is None:
+            return self
+        own = {n: x for n, x in self.parts(Role.FROZEN).items() if x is not None and len(self.dims[n]) == 2}
+        return self.replace(**{n: constrained(x, self.gathered) for n, x in own.items()})
+
     def value(self) -> jax.Array:
-        m = self.each(lambda node: node.decode().astype(self.dtype))
+        m = self.each(lambda node: node._here().decode().astype(self.dtype))
         stack, core = iter(m.shape[: self.depth]), iter(self.core)
         shape = tuple(next(stack if c == STACK else core) for c in self.axes)
         return unfold(m[..., : folded(shape, self.axes)[-2], :], shape, self.axes)

@@ -23,6 +23,8 @@ class Int8(Codes):
     codes: Frozen[jax.Array, "in out"]  # int8
     scale: Frozen[jax.Array, "group out"]  # float32
 
+    packed = False
+
     def decode(self):
         codes = self.codes.reshape(len(self.scale), -1, self.codes.shape[1])
         return (codes.astype(jnp.float32) * self.scale[:, None]).reshape(self.codes.shape)
