@@ -14,5 +14,8 @@ from ._masked_updates import masked_updates as masked_updates
 from ._relora import relora_restart as relora_restart
 from ._relora import relora_schedule as relora_schedule
 from ._reselect import reselect as reselect
+from ._skip_nonfinite import NonFiniteError as NonFiniteError
+from ._skip_nonfinite import check_finite as check_finite
+from ._skip_nonfinite import skip_nonfinite as skip_nonfinite
 from ._switch import block_labels as block_labels
 from ._switch import switch as switch
