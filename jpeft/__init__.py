@@ -1,6 +1,7 @@
 """jpeft: parameter-efficient fine-tuning, as functions from a parameter tree to a parameter tree."""
 
 from . import algebra as algebra
+from . import distributed as distributed
 from . import hf as hf
 from . import models as models
 from . import optim as optim
@@ -22,6 +23,9 @@ from ._expressions import Expression as Expression
 from ._expressions import Parallel as Parallel
 from ._expressions import Sequence as Sequence
 from ._expressions import Split as Split
+from ._manager import CheckpointManager as CheckpointManager
+from ._manager import Restored as Restored
+from ._manager import SaveSkippedError as SaveSkippedError
 from ._node import Additive as Additive
 from ._node import Affine as Affine
 from ._node import Amplified as Amplified
@@ -32,15 +36,16 @@ from ._node import Node as Node
 from ._node import Reparam as Reparam
 from ._node import Static as Static
 from ._node import Trainable as Trainable
-from ._shared import Ref as Ref
 from ._sharding import shard as shard
 from ._sharding import shardings as shardings
+from ._shared import Ref as Ref
 from ._still import Still as Still
 from ._storage import CheckpointError as CheckpointError
 from ._summary import Summary as Summary
 from ._summary import summary as summary
 from ._targets import Site as Site
 from ._targets import Sites as Sites
+from ._training_state import TreeMismatchError as TreeMismatchError
 from ._tree import attach as attach
 from ._tree import chain as chain
 from ._tree import combine as combine

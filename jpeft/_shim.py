@@ -1,13 +1,16 @@
 """All that jpeft knows of JAX's internals: how to evaluate an equation of a jaxpr, and the rules of a `custom_vjp`.
 
-And what has to be said to its compilers.
+And what has to be said to its compilers, and where the service is found that its processes coordinate through.
 """
 
+import ctypes
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src import clusters, distributed
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core as jex
 
@@ -48,6 +51,31 @@ def custom_vjp_rules(eqn: Any) -> tuple[Callable, Callable, Callable[[], list[in
 def row_major(x: jax.Array) -> jax.Array:
     """`x`, laid out row by row: of a Fourier transform's result in another layout, XLA for CPU fails."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def coordination() -> Any:
+    """Of `jax.distributed`: the `client` of its service, and the `process_id` and `num_processes` of this program."""
+    return distributed.global_state
+
+
+def in_cluster() -> bool:
+    """Whether JAX finds out by itself where the other processes are: on a TPU pod, in SLURM, under MPI."""
+    kinds = (kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method)
+    return any(kind.is_env_present() for kind in kinds)
+
+
+def take_sigterm_once() -> None:
+    """From now on JAX's handler of SIGTERM runs once: the next SIGTERM ends the process, whatever it is doing.
+
+    A handler of Python's would not run while a computation hangs. Where the C library has no such handlers, as on
+    macOS, all of them go on being taken.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "sysv_signal"):
+        for function in (libc.signal, libc.sysv_signal):
+            function.argtypes, function.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        libc.sysv_signal(signal.SIGTERM, libc.signal(signal.SIGTERM, None))
+        signal.siginterrupt(signal.SIGTERM, False)  # system calls are begun again, as before
 
 
 def _is_array(x: Any) -> bool:
