@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from ._expressions import Stacked
-from ._manifest import build, complete, describe, keys, kind, pointer
-from ._node import Additive, is_param, whole
+from ._manifest import build, complete, describe, differences, keys, kind, pointer
+from ._node import Additive, is_param, sharding, whole
+from ._sharding import shardings
 from ._shared import SHARED, resolve
-from ._storage import CheckpointError, Json, dumps, read, write
+from ._storage import CheckpointError, Json, dumps, read, understood, write
 from ._tree import Params, map_nodes, shared_arrays, strip
 
 
@@ -63,9 +65,16 @@ def restore(path: str | os.PathLike, base_params: Params, *, check_base: bool = 
     base of other names, shapes or dtypes, with every difference, and nodes of a class that is not imported;
     `BaseMismatchError` for a base of other bits.
     """
-    manifest, arrays = read(Path(path).absolute())
-    parameters, beside = manifest["parameters"], manifest["beside"]
+    directory = Path(path).absolute()
+    manifest, arrays = read(directory)
     base = strip(base_params)
+    with understood(directory):
+        params = _restored(manifest, arrays, base, check_base)
+    return _divided(params, base)
+
+
+def _restored(manifest: dict[str, Json], arrays: dict[str, jax.Array], base: Params, check_base: bool) -> Params:
+    parameters, beside = manifest["parameters"], manifest["beside"]
     _check_shapes(parameters, {name: _shape(x) for name, x in _named(base).items()})
     nodes = _nodes({name: entry["is"] for name, entry in parameters.items()} | beside, arrays)
     params = jax.tree_util.tree_map_with_path(lambda p, x: complete(nodes[pointer(p)], x), base, is_leaf=is_param)
@@ -79,6 +88,16 @@ def restore(path: str | os.PathLike, base_params: Params, *, check_base: bool = 
             module = module.setdefault(key, {})
         module[last] = nodes[name]
     return params
+
+
+def _divided(params: Params, base: Params) -> Params:
+    """What was read, where `shardings` says: the base, and what was made of it, stay where they are."""
+    over = jax.tree.map(sharding, base, is_leaf=is_param)
+    if len(jax.tree.leaves(over)) < len(_named(base)):
+        return params  # a base that is on no mesh
+    on_mesh = lambda x: isinstance(getattr(x, "sharding", None), NamedSharding)
+    put = lambda x, to: x if on_mesh(x) else jax.make_array_from_callback(x.shape, to, np.asarray(x).__getitem__)
+    return jax.tree.map(put, params, shardings(params, over))
 
 
 def _named(params: Params) -> dict[str, Any]:
@@ -115,12 +134,8 @@ def _nodes(entries: dict[str, Json], arrays: dict[str, jax.Array]) -> dict[str, 
 
 
 def _check_shapes(saved: dict[str, Json], given: dict[str, Json]) -> None:
-    show = lambda x: f"{x['dtype']} {tuple(x['shape'])}"
-    faults = [f"missing: {name}, {show(x)}" for name, x in saved.items() if name not in given]
-    faults += [f"unexpected: {name}, {show(x)}" for name, x in given.items() if name not in saved]
-    both = [(name, show(x), show(given[name])) for name, x in saved.items() if name in given]
-    faults += [f"changed: {name}, {then} when saved, {now} now" for name, then, now in both if then != now]
-    if faults:
+    show = lambda entries: {name: f"{x['dtype']} {tuple(x['shape'])}" for name, x in entries.items()}
+    if faults := differences(show(saved), show(given)):
         what = f"This base is of another model than the checkpoint, in {len(faults)} parameters:"
         raise CheckpointError(what + _lines(faults))
 

@@ -44,8 +44,7 @@ def describe(x: Any, path: str, arrays: dict[str, Any], *, of_base: bool) -> Jso
         return {"ref": x.name, "stack": list(x.stack)}
     if isinstance(x, Node):
         from_base = _from_base(x) if of_base else []
-        static = {n: part for n, part in x.parts(Role.STATIC).items() if n not in x.local}
-        fields = {n: _constant(part, f"{path}: {n}") for n, part in static.items()}
+        fields = constants(x, path)
         for n, part in x.parts(Role.TRAINABLE, Role.FROZEN).items():
             fields[n] = describe(part, f"{path}/{n}", arrays, of_base=n in from_base)
         return {"node": class_name(type(x)), "fields": fields}
@@ -61,6 +60,20 @@ def describe(x: Any, path: str, arrays: dict[str, Any], *, of_base: bool) -> Jso
         return _constant(x, path)
     arrays[path] = x
     return {"array": path}
+
+
+def constants(node: Node, path: str) -> dict[str, Json]:
+    """The static fields of a node, but for those that tell of this run's devices."""
+    static = {n: part for n, part in node.parts(Role.STATIC).items() if n not in node.local}
+    return {n: _constant(part, f"{path}: {n}") for n, part in static.items()}
+
+
+def differences(saved: Mapping[str, str], given: Mapping[str, str]) -> list[str]:
+    """Whatever only one of them has, or both in another way, by name and in words."""
+    faults = [f"missing: {name}, {x}" for name, x in saved.items() if name not in given]
+    faults += [f"unexpected: {name}, {x}" for name, x in given.items() if name not in saved]
+    both = [(name, x, given[name]) for name, x in saved.items() if name in given]
+    return faults + [f"changed: {name}, {then} when saved, {now} now" for name, then, now in both if then != now]
 
 
 def is_form(x: Any) -> bool:

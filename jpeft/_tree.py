@@ -107,13 +107,16 @@ def wrap(
             if (node := _new_of_parts(keys[name], leaf, **how)) is not None:
                 return node
             leaf = leaf.read()
-        try:
-            node = _new(keys[name], resolve(leaf, shared), over=sharding(leaf), **how)
-        except ValueError as e:
-            raise ValueError(f"{name}: {e}") from e
+        node = _new(keys[name], resolve(leaf, shared), over=sharding(leaf), **how)
         return node.replace(base=leaf) if isinstance(node, Reparam) and node.base is None else node
 
-    return replaced(params, {name: functools.partial(one, name) for name in axes}, over_nodes)
+    def named(name, leaf):
+        try:
+            return one(name, leaf)
+        except ValueError as e:
+            raise e if type(e) is not ValueError else ValueError(f"{name}: {e}") from e
+
+    return replaced(params, {name: functools.partial(named, name) for name in axes}, over_nodes)
 
 
 def put(params: Params, new: Mapping[str, Callable[[Any], Node]], *, over_nodes: bool = False) -> Params:
