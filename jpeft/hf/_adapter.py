@@ -19,24 +19,24 @@ from ..selective._unfreeze import Free
 from . import _mlx, _reading, _writing
 from ._adapter_config import fill, pattern_faults
 from ._atomic import whole
-from ._repository import file, locate, read_json
+from ._errors import AdapterFormatError, FormatError
+from ._repository import file, foreign, locate, read_json
 from ._safetensors import tensors, write
 from ._tree import Tree
 from ._vllm import vllm_faults
-from .formats import FORMATS
+from .formats import FORMATS, WITHIN
 from .formats._format import Config, Format
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = ("float32", "float16", "bfloat16")
 INTEGERS = ("uint8", "int16", "int32")
-PICKLED = (
-    " There is an adapter_model.bin: a pickle, which runs any code that is in it, and is never read here. Where you "
-    "trust it, load it with PEFT and save it again: `model.save_pretrained(directory)`."
-)
+LARGEST_CONFIG, LARGEST_ADAPTER = 2**20, 16 * 2**30  # bytes
 
 
-def load_adapter(name: str | Path, params: Params, *, model: nn.Module | None = None) -> Params:
+def load_adapter(
+    name: str | Path, params: Params, *, model: nn.Module | None = None, max_bytes: int = LARGEST_ADAPTER
+) -> Params:
     """The tree with the adapter of a directory, or of a repository of the Hugging Face hub, in it.
 
     Every tensor becomes a node, or a part of one, with the file's numbers in the file's dtype: `save_adapter` writes
@@ -48,20 +48,20 @@ def load_adapter(name: str | Path, params: Params, *, model: nn.Module | None = 
 
     - `params`: of the model that the adapter is for, quantized or not, with or without other nodes.
     - `model`: tells the names that transformers has for the parameters; left out, the tree's own structure does.
+    - `max_bytes`: of the file of tensors; a larger one is refused before it is read.
 
     **Raises** `FileNotFoundError` where there is no adapter in the safetensors format: a pickle is never read; and
-    `ValueError` with everything that does not fit: fields of the config that are not understood or cannot be
-    reproduced, tensors that are missing, unexpected, of another shape or dtype, or not finite.
+    `AdapterFormatError`, a `ValueError`, for files that are damaged, and with everything that does not fit: fields of
+    the config that are not understood or cannot be reproduced, tensors that are missing, unexpected, of another shape
+    or dtype, or not finite. What is wrong with `params` or `model` is a plain `ValueError`.
     """
     directory = locate(name)
-    config = read_json(directory, CONFIG)
-    if config is None:
-        raise FileNotFoundError(f"{directory} has no {CONFIG}: it is no directory of an adapter.")
-    mlx = _mlx.is_mlx(config)
-    form, filled, faults = _of_mlx(config) if mlx else _of_peft(directory, config)
-    arrays, more = _stored(directory, _mlx.WEIGHTS if mlx else WEIGHTS, form)
-    if faults := more + faults:
-        raise _refusal(directory, faults)
+    try:
+        form, filled, arrays, mlx = _read(directory, max_bytes)
+    except AdapterFormatError:
+        raise
+    except FormatError as error:
+        raise AdapterFormatError(str(error)) from error
     tree = Tree.of(params, model, [re.sub(r"^base_model\.(model\.)?", "", name) for name in arrays])
     arrays = _mlx.one_by_one(arrays, tree) if mlx else arrays
     found = _reading.read(form, filled, arrays, tree)
@@ -79,8 +79,21 @@ def load_adapter(name: str | Path, params: Params, *, model: nn.Module | None = 
         raise _refusal(directory, [str(error)]) from None
 
 
-def _refusal(directory: Path, faults: list[str]) -> ValueError:
-    return ValueError("\n  ".join([f"{directory} cannot be loaded as it is:", *faults]))
+def _read(directory: Path, max_bytes: int) -> tuple[Format, Config, dict[str, np.ndarray], bool]:
+    """The format of an adapter, its config with defaults in it, its tensors, and whether it is of mlx-lm."""
+    config = read_json(directory, CONFIG, largest=LARGEST_CONFIG)
+    if config is None:
+        raise FileNotFoundError(f"{directory} has no {CONFIG}: it is no directory of an adapter.")
+    mlx = _mlx.is_mlx(config)
+    form, filled, faults = _of_mlx(config) if mlx else _of_peft(directory, config)
+    arrays, more = _stored(directory, _mlx.WEIGHTS if mlx else WEIGHTS, form, max_bytes)
+    if faults := more + faults:
+        raise _refusal(directory, faults)
+    return form, filled, arrays, mlx
+
+
+def _refusal(directory: Path, faults: list[str]) -> AdapterFormatError:
+    return AdapterFormatError("\n  ".join([f"{directory} cannot be loaded as it is:", *faults]))
 
 
 def _of_peft(directory: Path, config: Config) -> tuple[Format, Config, list[str]]:
@@ -88,12 +101,13 @@ def _of_peft(directory: Path, config: Config) -> tuple[Format, Config, list[str]
     kind = config.get("peft_type")
     form = FORMATS.get(kind) if isinstance(kind, str) else None
     if form is None:
-        raise ValueError(f"{directory} has peft_type {kind!r}; supported: {', '.join(sorted(FORMATS))}.")
+        raise AdapterFormatError(f"{directory} has peft_type {kind!r}; supported: {', '.join(sorted(FORMATS))}.")
     filled, faults = fill(config, form.fields, form.unused)
     if (bias := filled.get("bias", "none")) not in ("none", "all", form.bias):
         faults.append(f"bias = {bias!r}: it must be one of {['none', 'all', *filter(None, [form.bias])]}")
     faults = faults or pattern_faults(filled, form.patterns, form.fields)
-    return form, filled, faults or form.check(filled)
+    checked = [form, *filter(None, [WITHIN.get(form.peft_type)])]
+    return form, filled, faults or [fault for x in checked for fault in x.check(filled)]
 
 
 def _of_mlx(config: Config) -> tuple[Format, Config, list[str]]:
@@ -101,13 +115,13 @@ def _of_mlx(config: Config) -> tuple[Format, Config, list[str]]:
     return (_mlx.FULL if filled["kind"] == "full" else _mlx.MLX), filled, faults
 
 
-def _stored(directory: Path, name: str, form: Format) -> tuple[dict[str, np.ndarray], list[str]]:
+def _stored(directory: Path, name: str, form: Format, max_bytes: int) -> tuple[dict[str, np.ndarray], list[str]]:
     """The tensors of an adapter's file, and those that are not of a dtype that the format has, or not finite."""
     path = file(directory, name)
     if path is None:
-        raise FileNotFoundError(
-            f"{directory} has no {name}." + (PICKLED if (directory / "adapter_model.bin").exists() else "")
-        )
+        raise FileNotFoundError(f"{directory} has no {name}.{foreign(directory)}")
+    if (size := path.stat().st_size) > max_bytes:
+        raise AdapterFormatError(f"{path} has {size} bytes: {max_bytes} at most are read. Pass `max_bytes=` for more.")
     found = tensors(path)
     dtypes = {n: (*DTYPES, *(INTEGERS if n.endswith(form.integers) else ())) for n in found}
     faults = [f"dtype: {n} is {x.dtype}, expected one of {', '.join(dtypes[n])}" for n, x in found.items()

@@ -1,11 +1,15 @@
 """`adapter_config.json`: what in it is understood, which modules it names, and how the like is written."""
 
 import collections
+import functools
+import itertools
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
+from ._patterns import is_pattern, matches
 from .formats._format import Config
 
 
@@ -13,6 +17,8 @@ from .formats._format import Config
 COMMON = frozenset({"peft_type", "peft_version", "target_modules", "exclude_modules", "layers_to_transform",
                     "layers_pattern", "modules_to_save", "bias", "fan_in_fan_out", "auto_mapping", "task_type",
                     "base_model_name_or_path", "revision", "inference_mode"})  # fmt: skip
+
+MOST = 4096  # patterns in a config, and names in fields whose names are looked for in every module's
 
 REASONS = {
     "layer_replication": "the adapter is for a model that has some layers of its base several times. Make that model, "
@@ -41,6 +47,10 @@ def fill(config: Config, fields: Mapping[str, Any], unused: Iterable[str]) -> tu
     for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
         if not _is_names(config.get(name)):
             faults.append(f"{name} = {config[name]!r}: it must be a list of names")
+    for name in ("modules_to_save", "layers_pattern"):
+        x = config.get(name)
+        if (isinstance(x, list) and len(x) > MOST) or (name == "modules_to_save" and isinstance(x, str)):
+            faults.append(f"{name}: it must be a list of {MOST} names at most")
     if not isinstance(layers := config.get("layers_to_transform"), list | int | None):
         faults.append(f"layers_to_transform = {layers!r}: it must be a list of numbers")
     given = {name: x for name, x in config.items() if x is not None}
@@ -56,8 +66,8 @@ def _of_type(x: Any, default: Any) -> bool:
 
 
 def is_number(x: Any) -> bool:
-    """Whether it is a number that a float holds: JSON has NaN, infinity, and integers of any length, too."""
-    return type(x) in (int, float) and abs(x) <= sys.float_info.max
+    """Whether it is a number that a float32 holds: JSON has NaN, infinity, and integers of any length, too."""
+    return type(x) in (int, float) and abs(x) <= float(np.finfo(np.float32).max)
 
 
 def _is_names(x: Any) -> bool:
@@ -67,48 +77,46 @@ def _is_names(x: Any) -> bool:
 def pattern_faults(config: Config, patterns: Mapping[str, str], fields: Mapping[str, Any]) -> list[str]:
     """What is wrong in the fields that give numbers for patterns."""
     faults = []
+    if sum(len(config[name]) for name in patterns.values()) > MOST:
+        return [f"{', '.join(patterns.values())} have more than {MOST} patterns"]
     for field, name in patterns.items():
         for pattern, x in config[name].items():
             if not _of_type(x, fields[field]):
                 faults.append(f"{name}[{pattern!r}] = {x!r}: it must be a number")
-            if not matches_fast(pattern):
-                faults.append(f"{name}[{pattern!r}]: no regular expression, or one that may take for ever")
+            if not is_pattern(pattern):
+                faults.append(f"{name}[{pattern!r}]: no regular expression that is matched here, in linear time")
     return faults
 
 
-def matches_fast(pattern: str) -> bool:
-    """Whether a pattern is one, and cannot take exponential time: a repeated group that repeats can."""
-    nested = r"\([^()]*[*+}][^()]*\)[*+{]"
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return len(pattern) <= 1000 and not re.search(nested, pattern) and len(re.findall(r"[*+{]", pattern)) <= 6
-
-
 def selector(config: Config) -> Callable[[str], bool] | None:
-    """Whether `target_modules` names a module, as PEFT reads it; `None` where it does not tell."""
+    """Whether `target_modules` names a module, as PEFT reads it; `None` where it does not tell, or by a regular
+    expression that is not matched here.
+    """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     saved = config.get("modules_to_save") or []
     regexes = [x for x in (targets, excluded) if isinstance(x, str)]
-    if targets is None or targets == "all-linear" or not all(map(matches_fast, regexes)):
+    if targets is None or targets == "all-linear" or not all(map(is_pattern, regexes)):
         return None
     layers, stacks = config.get("layers_to_transform"), config.get("layers_pattern") or []
     layers = [layers] if isinstance(layers, int) else layers or []
     stacks = [stacks] if isinstance(stacks, str) else stacks
+    is_target, is_excluded = _namer(targets), _namer(excluded)
 
     def chosen(name: str) -> bool:
-        if _named(excluded, name) or any(f".{end}." in f".{name}." for end in saved):
+        if is_excluded(name) or any(f".{end}." in f".{name}." for end in saved):
             return False
-        return _named(targets, name) and (isinstance(targets, str) or not layers or _layer(name, stacks) in layers)
+        return is_target(name) and (isinstance(targets, str) or not layers or _layer(name, stacks) in layers)
 
     return chosen
 
 
-def _named(names: str | list[str], module: str) -> bool:
+def _namer(names: str | list[str]) -> Callable[[str], bool]:
+    """Whether a module's name matches a regular expression, or ends with one of some names."""
     if isinstance(names, str):
-        return bool(re.fullmatch(names, module))
-    return any(f".{module}".endswith(f".{name}") for name in names)
+        return functools.partial(matches, names)
+    known = set(names)
+    ends = lambda module: itertools.accumulate(reversed(module.split(".")), lambda end, part: f"{part}.{end}")
+    return lambda module: not known.isdisjoint(ends(module))
 
 
 def _layer(module: str, stacks: list[str]) -> int | None:

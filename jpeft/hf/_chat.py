@@ -9,8 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ._errors import FormatError
 from ._extra import extra
-from ._repository import file, read_json
+from ._repository import read_bytes, read_json
 
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def load_chat_template(directory: str | Path) -> ChatTemplate | None:
 
     It is in `chat_template.jinja`, or in `tokenizer_config.json` as a text or as a list of named ones.
 
-    **Raises** `ValueError` for files that cannot be read so.
+    **Raises** `FormatError` for files that cannot be read so.
     """
     directory = Path(directory)
     found = (read_json(directory, "tokenizer_config.json") or {}).get("chat_template") or {}
@@ -89,12 +90,12 @@ def load_chat_template(directory: str | Path) -> ChatTemplate | None:
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}
         sources = {"default": found} if isinstance(found, str) else dict(found)
-        if path := file(directory, "chat_template.jinja"):
-            sources["default"] = path.read_text("utf-8")
+        if (text := read_bytes(directory, "chat_template.jinja")) is not None:
+            sources["default"] = text.decode("utf-8")
         if not all(isinstance(text, str) for pair in sources.items() for text in pair):
             raise TypeError
     except (KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{directory} has a chat template that is no text") from error
+        raise FormatError(f"{directory} has a chat template that is no text") from error
     return ChatTemplate(sources, special_tokens(directory)) if sources else None
 
 
@@ -110,7 +111,7 @@ def special_tokens(directory: str | Path) -> dict[str, str]:
 def stop_tokens(directory: str | Path, tokenizer: "Tokenizer") -> tuple[int, ...]:
     """The tokens that end an answer: those of `generation_config.json`, or else `config.json`, and `eos_token`.
 
-    **Raises** `ValueError` for an `eos_token_id` that is no token or list of tokens.
+    **Raises** `FormatError` for an `eos_token_id` that is no token or list of tokens.
     """
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
@@ -118,7 +119,7 @@ def stop_tokens(directory: str | Path, tokenizer: "Tokenizer") -> tuple[int, ...
         if given is not None:
             found = given if isinstance(given, list) else [given]
             if not all(type(x) is int for x in found):
-                raise ValueError(f"{Path(directory) / name}: eos_token_id is {given!r}, no token")
+                raise FormatError(f"{Path(directory) / name}: eos_token_id is {given!r}, no token")
             break
     end = tokenizer.token_to_id(special_tokens(directory).get("eos_token", ""))
     return tuple(dict.fromkeys([*found, *([] if end is None else [end])]))

@@ -1,10 +1,16 @@
 """Fields of a `config.json`: those that a model understands, those that change nothing, and all others, refused."""
 
+import builtins
+import dataclasses
+import sys
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 Fields = Mapping[str, Any]  # of a config.json
+MOST_LABELS = 2**17
 
 # Of every model: training, generation, and how the file was written. Fields that begin with "_" are the writer's own.
 HARMLESS = frozenset(
@@ -48,9 +54,46 @@ def check(
         raise ValueError(f"config.json has fields that this model does not support: {'; '.join(refused)}")
 
 
+def typed(cls: type, given: Fields) -> Any:
+    """`cls(**given)`, a dataclass of the fields of a file.
+
+    **Raises** `ValueError` with every field that is of another type, and for numbers that cannot go together.
+    """
+    hints = typing.get_type_hints(cls)
+    wrong = [f"{name}={x!r} (no {hints[name]})" for name, x in given.items() if not _is(x, hints[name])]
+    if wrong:
+        raise ValueError(f"config.json has fields of other types: {'; '.join(wrong)}")
+    try:
+        return cls(**given)
+    except ArithmeticError as error:
+        raise ValueError(f"config.json has sizes that cannot be: {error}") from error
+
+
+def _is(x: Any, hint: Any) -> bool:
+    """Whether a value is of a type; numbers are such that 64 bits hold, and no booleans."""
+    of = typing.get_args(hint)
+    match typing.get_origin(hint) or hint:
+        case types.UnionType | typing.Union:
+            return any(_is(x, part) for part in of)
+        case typing.Literal:
+            return x in of
+        case builtins.tuple:
+            of = of[:1] * len(x) if isinstance(x, tuple) and of[-1] is ... else of
+            return isinstance(x, tuple) and len(x) == len(of) and all(map(_is, x, of))
+        case builtins.float:
+            return type(x) in (int, float) and abs(x) <= sys.float_info.max
+        case builtins.int:
+            return type(x) is int and abs(x) < 2**63
+        case kind:
+            return type(x) is kind or dataclasses.is_dataclass(x)  # None, bool, str; what `Scaling` describes
+
+
 def class_of(fields: Fields, default: str) -> str:
     """The class of transformers that the file is of."""
-    return (fields.get("architectures") or [default])[0]
+    names = fields.get("architectures") or [default]
+    if not (isinstance(names, list) and isinstance(names[0], str)):
+        raise ValueError(f"config.json has architectures={names!r}: it must be a list of names")
+    return names[0]
 
 
 def label_names(fields: Fields, num_labels: int | None) -> tuple[int, tuple[str, ...]]:
@@ -58,6 +101,8 @@ def label_names(fields: Fields, num_labels: int | None) -> tuple[int, tuple[str,
     named = fields.get("id2label") or {}
     names = tuple(str(named[i]) for i in sorted(named, key=int))
     count = num_labels or len(names) or fields.get("num_labels") or 2
+    if not 0 < count <= MOST_LABELS:
+        raise ValueError(f"config.json has num_labels={count!r}: pass `num_labels=`, up to {MOST_LABELS}")
     return count, names if len(names) == count else ()
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +19,24 @@ from .._targets import Sites
 from .._tree import takes_sites
 from ..models._sharding import AXES, shardings
 from . import architectures
+from ._errors import FormatError
 from ._extra import extra
 from ._match import Source, match
 from ._names import NOTHING, Architecture
 from ._progress import progress
-from ._repository import file, locate, read_json
-from ._safetensors import checkpoint, most_common
+from ._repository import locate, read_bytes, read_json
+from ._safetensors import Tensor, checkpoint, most_common
 
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# How many layers there are, in the fields of a config.
-LAYERS = "num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"
+# Of the fields of a config: how many layers and experts there are, and how wide a layer and a head are.
+COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers", "num_local_experts",
+          "num_experts")  # fmt: skip
+WIDTHS = "hidden_size", "d_model", "n_embd", "dim", "head_dim", "d_kv"
+# What Python and JAX raise where a value is of no use.
+UNUSABLE = TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError
 
 
 def load(
@@ -70,9 +75,9 @@ def load(
 
     **Returns** the tokenizer as its file has it, `None` where there is none.
 
-    **Raises** `FileNotFoundError` for what is not there, `ModuleNotFoundError` with what to install, and `ValueError`
-    for files that are damaged or leave the directory, for fields of `config.json` that are not understood, and, all at
-    once, for tensors that are missing, unexpected, or of another shape or type.
+    **Raises** `FileNotFoundError` for what is not there, `ModuleNotFoundError` with what to install, and `FormatError`,
+    a `ValueError`, for files that are damaged or leave the directory, for fields of `config.json` that are not
+    understood, and, all at once, for tensors that are missing, unexpected, or of another shape or type.
     """
     directory = locate(name, revision=revision)
     fields, architecture = describe(directory)
@@ -81,12 +86,15 @@ def load(
     given = {"head": task, "num_labels": num_labels} | options
     options = {name: x for name, x in given.items() if x is not None}
     try:
-        model = _build(architecture, fields, len(stored), dtype=own, param_dtype=own, **options)
+        _check_sizes(fields, stored.values())
+        model = _build(architecture, fields, dtype=own, param_dtype=own, **options)
         shapes = parameter_shapes(architecture, model)
         head = architecture.head if task else NOTHING
         sources, new = match(architecture, model, shapes, stored, dtype=dtype, head=head)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+    except UNUSABLE as error:
+        of_ours = isinstance(error, ValueError)
+        words = error if of_ours else f"no model can be made of config.json and the options: {error!r}"
+        raise FormatError(f"{directory}: {words}") from error
     with progress(f"Reading {directory.name}", sum(x.nbytes for x in stored.values())) as advance:
         divided = shardings(shapes, mesh, axes=axes) if mesh else {}
         reader = _Reader(sources, divided, check_finite, advance)
@@ -100,7 +108,8 @@ def load(
             params = quantize(params, **how)
         params = jax.tree.map(read, params)
     if reader.bad:
-        raise ValueError("\n  ".join([f"{directory} has tensors with NaN or infinity, parts of:", *sorted(reader.bad)]))
+        lines = [f"{directory} has tensors with NaN or infinity, parts of:", *sorted(reader.bad)]
+        raise FormatError("\n  ".join(lines))
     return model, params, load_tokenizer(directory)
 
 
@@ -111,15 +120,22 @@ def describe(directory: Path) -> tuple[dict[str, Any], Architecture]:
         raise FileNotFoundError(f"{directory} has no config.json: it is no model's directory.")
     model_type, known = fields.get("model_type"), architectures.ARCHITECTURES
     if not isinstance(model_type, str) or model_type not in known:
-        raise ValueError(f"{directory} has model_type {model_type!r}; supported: {', '.join(sorted(known))}.")
+        raise FormatError(f"{directory} has model_type {model_type!r}; supported: {', '.join(sorted(known))}.")
     return fields, known[model_type]
 
 
-def _build(architecture: Architecture, fields: Mapping[str, Any], tensors: int, **options: Any) -> nn.Module:
-    """The model of a `config.json`, unless it is out of proportion to the number of tensors."""
-    layers = {name: fields[name] for name in LAYERS if isinstance(fields.get(name), int) and fields[name] > tensors}
-    if layers:
-        raise ValueError(f"config.json says {layers}, but there are {tensors} tensors in all.")
+def _check_sizes(fields: Mapping[str, Any], stored: Collection[Tensor]) -> None:
+    """Refuse a `config.json` that is out of proportion to the tensors, before anything of its sizes is made."""
+    longest = max((n for tensor in stored for n in tensor.shape), default=0)
+    given = {name: x for name, x in fields.items() if type(x) in (int, float)}
+    large = {name: given[name] for names, most in ((COUNTS, len(stored)), (WIDTHS, longest)) for name in names
+             if given.get(name, 0) > most}  # fmt: skip
+    if large:
+        raise ValueError(f"config.json says {large}, but there are {len(stored)} tensors, of axes up to {longest}.")
+
+
+def _build(architecture: Architecture, fields: Mapping[str, Any], **options: Any) -> nn.Module:
+    """The model of a `config.json`."""
     if "head" in options and architecture.head == NOTHING:
         raise ValueError(f"{fields['model_type']} has no heads for tasks: leave `task` and `num_labels` out.")
     return architecture.build(fields, **options)
@@ -127,15 +143,16 @@ def _build(architecture: Architecture, fields: Mapping[str, Any], tensors: int, 
 
 def load_tokenizer(directory: Path) -> "Tokenizer | None":
     """The tokenizer that `tokenizer.json` describes; `None` where there is none."""
-    path = file(directory, "tokenizer.json")
-    if path is None:
+    text = read_bytes(directory, "tokenizer.json")
+    if text is None:
         return None
+    tokenizers = extra("tokenizers")
     try:
-        return extra("tokenizers").Tokenizer.from_file(str(path))
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # the library raises no other
-        raise ValueError(f"{path} describes no tokenizer: {error}") from error
+        return tokenizers.Tokenizer.from_buffer(text)
+    except BaseException as error:  # a panic of the library is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise FormatError(f"{directory / 'tokenizer.json'} describes no tokenizer: {error}") from error
 
 
 def model_sites(architecture: Architecture, model: nn.Module, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Sites:

@@ -2,13 +2,16 @@
 
 The `safetensors` library refuses a file whose header is too long, too deep or not as the format has it, and tensors
 that overlap, leave holes, end beyond the file or have another size than their shape. It does not see two tensors of
-one name, and its NumPy reader knows no 8-bit floats; its memory map, besides, counts as the process' own memory. So it
-checks the file; the bytes of a tensor are read plainly.
+one name, nor what names and sizes no tensor of a model has, and its NumPy reader knows no 8-bit floats; its memory map,
+besides, counts as the process' own memory. So it checks the file, and we its header; the bytes of a tensor are read
+plainly.
 """
 
 import collections
 import dataclasses
 import itertools
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ._errors import FormatError
 from ._extra import extra
-from ._repository import file, parse, read_json
+from ._repository import file, foreign, parse, read_json
 
 
 DTYPES = {
@@ -26,6 +30,11 @@ DTYPES = {
     "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
 }  # fmt: skip
 
+
+LONGEST_HEADER = 16 * 2**20  # bytes
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
+ENTRY = {"dtype", "shape", "data_offsets"}
+MOST_AXES, LARGEST = 8, 2**60  # of a tensor: axes, and bytes where no axis is empty
 
 BLOCK, ROWS = 2**16, 16  # bytes, and rows of a matrix, that are read at once at least
 
@@ -45,7 +54,7 @@ class Tensor:
         return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The array. **Raises** `ValueError` if the file has become shorter."""
+        """The array. **Raises** `FormatError` if the file has become shorter."""
         x = np.empty(self.shape, self.dtype)
         self.read_into(x)
         return x
@@ -57,7 +66,7 @@ class Tensor:
             for block in _blocks(x if self.shape else x[None], self.dtype.itemsize):
                 data = np.fromfile(stream, self.dtype, block.size)
                 if data.size != block.size:
-                    raise ValueError(f"{self.path} ends within {self.name}: it has become shorter.")
+                    raise FormatError(f"{self.path} ends within {self.name}: it has become shorter.")
                 block[...] = data.reshape(block.shape)
 
 
@@ -77,41 +86,59 @@ def _blocks(x: np.ndarray, itemsize: int) -> Iterator[np.ndarray]:
 def tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file, by name.
 
-    **Raises** `ValueError` for a file that is damaged or not of this format, and for types that JAX does not have.
+    **Raises** `FormatError` for a file that is damaged or not of this format, and, all at once, for types that JAX does
+    not have and for names and shapes that no tensor of a model has.
     """
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+    if size > LONGEST_HEADER:
+        raise FormatError(f"{path} is damaged, or no safetensors file: its header has {size} bytes.")
     safetensors = extra("safetensors")
     try:
         with safetensors.safe_open(path, "numpy"):
             pass
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+        raise FormatError(f"{path} is damaged, or no safetensors file: {error}") from error
     with path.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
+        stream.seek(8)
         header = parse(stream.read(size), path)
     header.pop("__metadata__", None)
-    unknown = [f"{name} ({x['dtype']})" for name, x in header.items() if x["dtype"] not in DTYPES]
-    if unknown:
-        raise ValueError(f"{path} has tensors of types that are not supported: {', '.join(unknown[:8])}.")
+    faults = [f"{name!r}: {fault}" for name, x in header.items() if (fault := _fault(name, x))]
+    if faults:
+        raise FormatError("\n  ".join([f"{path} has tensors that are not supported:", *faults]))
     return {
         name: Tensor(name, path, tuple(x["shape"]), jnp.dtype(DTYPES[x["dtype"]]), 8 + size + x["data_offsets"][0])
         for name, x in header.items()
     }
 
 
+def _fault(name: str, entry: dict[str, Any]) -> str:
+    """What is wrong with a tensor that a header describes."""
+    if not NAME.fullmatch(name):
+        return "its name must be of letters, digits and _.-"
+    if entry.keys() != ENTRY:
+        return f"it has fields beyond {', '.join(sorted(ENTRY))}"
+    if entry["dtype"] not in DTYPES:
+        return f"its type is {entry['dtype']}"
+    if len(entry["shape"]) > MOST_AXES or 8 * math.prod(max(n, 1) for n in entry["shape"]) > LARGEST:
+        return f"its shape is {entry['shape']}"
+    return ""
+
+
 def checkpoint(directory: Path) -> dict[str, Tensor]:
     """The tensors of a model's directory, by name: of `model.safetensors`, or of the files that an index names.
 
-    **Raises** `FileNotFoundError` for a directory without such files, and `ValueError` for an index that names files
+    **Raises** `FileNotFoundError` for a directory without such files, and `FormatError` for an index that names files
     out of the directory or does not tell what is in them, with everything that differs.
     """
     if path := file(directory, "model.safetensors"):
         return tensors(path)
     index = read_json(directory, "model.safetensors.index.json")
     if index is None:
-        raise FileNotFoundError(_no_model(directory))
+        raise FileNotFoundError(f"{directory} has no model.safetensors, nor an index of several.{foreign(directory)}")
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f"{directory / 'model.safetensors.index.json'} has no weight_map of names to files.")
+        raise FormatError(f"{directory / 'model.safetensors.index.json'} has no weight_map of names to files.")
     shards = {name: file(directory, name) for name in sorted(set(places.values()))}
     if absent := [name for name, path in shards.items() if path is None]:
         raise FileNotFoundError(f"{directory} lacks files that its index names: {', '.join(absent)}.")
@@ -120,7 +147,7 @@ def checkpoint(directory: Path) -> dict[str, Tensor]:
     faults += [f"  {name} is in {shard}, unmentioned" for shard, own in found.items() for name in own
                if places.get(name) != shard]  # fmt: skip
     if faults:
-        raise ValueError("\n".join([f"{directory}: the index does not tell what is in its files:", *faults]))
+        raise FormatError("\n".join([f"{directory}: the index does not tell what is in its files:", *faults]))
     return {name: found[shard][name] for name, shard in places.items()}
 
 
@@ -131,17 +158,6 @@ def most_common(tensors: Iterable[Any]) -> np.dtype:
         if jnp.issubdtype(tensor.dtype, jnp.floating):
             sizes[tensor.dtype] += tensor.nbytes
     return sizes.most_common(1)[0][0]
-
-
-def _no_model(directory: Path) -> str:
-    message = f"{directory} has no model.safetensors, nor an index of several."
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
-    if pickles:
-        message += (
-            f" It has {', '.join(pickles[:4])}: pickles, which run any code that is in them, and are never read here. "
-            "Convert it where you trust it: transformers.AutoModel.from_pretrained(directory).save_pretrained(new)."
-        )
-    return message
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -31,7 +31,8 @@ def specs(params):
 def test_parameters_are_divided_while_they_are_read(directory, mesh, scan, quantized):
     path = directory(random_tensors())
     # Not `double`: its mean depends on the order of the sum.
-    quantize = jpeft.nf4(targets=AXES if scan else UNROLLED, double=False) if quantized else None
+    # Not `double`: its mean depends on the order of the sum.
+    quantize = jpeft.nf4(targets=AXES if scan else UNROLLED, block=4, double=False) if quantized else None
     options = {"scan": scan, "quantize": quantize}
     params = load(path, mesh=mesh, **options)[1]
     same(params, load(path, **options)[1])

@@ -258,7 +258,7 @@ def test_a_config_that_is_no_good(directory, name):
 
 
 def test_a_config_that_is_too_large(directory, monkeypatch):
-    monkeypatch.setattr("jpeft.hf._repository.LARGEST_JSON", 10)
+    monkeypatch.setattr("jpeft.hf._repository.LARGEST", 10)
     with pytest.raises(ValueError, match=r"config\.json is larger than 10 bytes"):
         load(directory(random_tensors()))
 

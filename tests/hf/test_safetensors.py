@@ -198,5 +198,5 @@ def test_the_hubs_cache_is_one_of_links(tmp_path):
 
 def test_pickles_are_never_read(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin: pickles.*save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin, .* pickles, .*save_pretrained"):
         checkpoint(tmp_path)

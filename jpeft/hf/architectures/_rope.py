@@ -6,7 +6,7 @@ from typing import Any
 
 from ...models._decoder_config import FULL, SLIDING, DecoderConfig
 from ...models._rotary import SCALINGS, Dynamic, Scaling
-from .._fields import Fields
+from .._fields import Fields, typed
 
 
 FIELDS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
@@ -43,7 +43,7 @@ def _of_layers(parameters: Fields, fields: Fields) -> tuple[dict[str, Any], list
     ours: dict[str, Any] = {name: float(parameters[name]) for name in own} | {"rope_scaling": None}
     rest = {name: x for name, x in parameters.items() if name not in (*own, "rope_type", "type") and x is not None}
     faults: list[str] = []
-    if kind in SCALINGS:
+    if isinstance(kind, str) and kind in SCALINGS:
         ours["rope_scaling"], faults = _scaling(SCALINGS[kind], rest, fields)
     elif kind != "default":
         faults = [f"rope_type={kind!r} (only 'default', {', '.join(map(repr, SCALINGS))})"]
@@ -67,7 +67,7 @@ def _scaling(kind: type[Scaling], given: Fields, fields: Fields) -> tuple[Scalin
               for name, x in values.items() if name not in required]  # fmt: skip
     faults += [f"rope_parameters without {name} (with rope_type={kind.rope_type!r})"
                for name, needed in required.items() if needed and name not in values]  # fmt: skip
-    return None if faults else kind(**values), faults
+    return None if faults else typed(kind, values), faults
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ...models import Decoder, DecoderConfig
-from .._fields import check
+from .._fields import check, typed
 from .._names import Architecture, Row, linear, norm, table
 from . import _rope
 from ._brands import BRANDS, HARMLESS, ONLY, RENAMED, TOKEN_FIELDS, Brand
@@ -47,7 +47,7 @@ def read(brand: Brand, fields: Mapping[str, Any]) -> DecoderConfig:
     ours = {brand.names.get(name, name): _frozen(own[name]) for name in stored}
     ours |= rope | brand.features | brand.derive(own)
     ours["num_key_value_heads"] = ours.get("num_key_value_heads") or ours["num_attention_heads"]
-    return DecoderConfig(model_type=brand.model_type, **ours)
+    return typed(DecoderConfig, {"model_type": brand.model_type, **ours})
 
 
 def write(brand: Brand, model: Decoder) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import flax.linen as nn
 
 from ...models import Classifier, Embedder, Encoder, EncoderConfig
-from .._fields import check, class_of, label_fields, label_names
+from .._fields import check, class_of, label_fields, label_names, typed
 from .._names import Architecture, linear
 from ._encoder_rows import Rows, bert_rows, distilbert_rows
 
@@ -53,7 +53,7 @@ class Brand:
         check(fields, known=[*self.fields.values(), "add_pooling_layer"], harmless=self.harmless, only=ONLY)
         given = {**self.defaults, **fields}
         read = {ours: given[theirs] for ours, theirs in self.fields.items() if theirs in given}
-        return EncoderConfig(model_type=self.model_type, **self.fixed, **read)
+        return typed(EncoderConfig, {"model_type": self.model_type, **self.fixed, **read})
 
 
 def build(

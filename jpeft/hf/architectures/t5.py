@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from ...models import T5, T5Config, T5Encoder
-from .._fields import check, class_of
+from .._fields import check, class_of, typed
 from .._names import TOKEN_IDS, Architecture, Row, linear, norm, table
 
 
@@ -42,7 +42,7 @@ def build(
     tied = given.get("tie_word_embeddings", True)
     scaled = given.setdefault("scale_decoder_outputs", tied)
     given["tie_word_embeddings"] = tied and scaled if tie_word_embeddings is None else tie_word_embeddings
-    return CLASSES[name](T5Config(**given), **options)
+    return CLASSES[name](typed(T5Config, given), **options)
 
 
 def rows(model: nn.Module) -> tuple[Row, ...]:

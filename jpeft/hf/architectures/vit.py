@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ...models import ViT, ViTConfig
-from .._fields import check, class_of, label_fields, label_names
+from .._fields import check, class_of, label_fields, label_names, typed
 from .._names import Architecture, Row, linear, norm
 
 
@@ -33,8 +33,8 @@ def build(
         raise ValueError(f"architectures={[name]!r} is not supported; supported: {', '.join(HEADS)}, or name a task")
     head = head or HEADS[name]
     given = {field: fields[field] for field in FIELDS if field in fields}
-    pair = lambda size: (size, size) if isinstance(size, int) else tuple(size)
-    config = ViTConfig(**given | {size: pair(given[size]) for size in SIZES if size in given})
+    pair = lambda size: tuple(size) if isinstance(size, list) else (size, size)
+    config = typed(ViTConfig, given | {size: pair(given[size]) for size in SIZES if size in given})
     if head == "bare":
         if add_pooling_layer is None:
             add_pooling_layer = fields.get("add_pooling_layer", True)

@@ -1,7 +1,6 @@
 """What it takes to read and write one type of adapter: which tensors are at a module, and which node they make."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from ..._node import Additive, Node
 from ..._tree import Params
 from .._modules import Module
+from .._patterns import matches
 
 
 Config = dict[str, Any]  # of an adapter_config.json, or what one module says of it
@@ -119,7 +119,7 @@ class Format:
         found = dict(config)
         for field, name in self.patterns.items():
             for pattern, x in (config.get(name) or {}).items():
-                if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches them, the first first
+                if matches(rf"(.*\.)?({pattern})", module):  # as PEFT matches them, the first first
                     found[field] = x
                     break
         return found
