@@ -16,6 +16,7 @@ commands:
   finetune   fine-tune a pretrained model to write, or to classify texts, and leave an adapter
   generate   let a model, with an adapter or without, go on with a text
   chat       talk with a model
+  plan       tell whether fine-tuning a model fits on a slice of a TPU pod, without one
 
 `jpeft COMMAND --help` shows a command's options. Without any, `jpeft finetune` runs a demonstration.
 """
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "finetune": _finetune,
         "generate": _generate,
         "chat": _chat,
+        "plan": _plan,
     }
     try:
         check_choice("command", argv[0], commands)
@@ -89,3 +91,13 @@ def _chat(argv: Sequence[str]) -> int:
 
     chat(tyro.cli(Arguments, prog="jpeft chat", args=argv))
     return 0
+
+
+def _plan(argv: Sequence[str]) -> int:
+    import tyro
+    from rich.console import Console
+
+    from jpeft.cli.plan import Arguments, run
+
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
+    return run(tyro.cli(Arguments, prog="jpeft plan", args=argv), console)

@@ -117,6 +117,9 @@ class Arguments:
     patience: int | None = None
     """End after so many evaluations that are no better than the best, and keep that one's adapter."""
 
+    skip_limit: int = 5
+    """End after so many steps in a row whose loss or gradient is not finite. Such a step changes nothing."""
+
     save_every: int = 50
     """Steps between saves of the training state."""
 
@@ -153,7 +156,7 @@ def option(name: str) -> str:
 
 
 _COUNTS = ("rank", "block", "width", "prompt_length", "layers", "steps", "batch_size", "accumulate", "eval_every",
-           "patience", "save_every")  # fmt: skip
+           "patience", "skip_limit", "save_every")  # fmt: skip
 _LEAST = dict.fromkeys(_COUNTS, 1) | {"max_length": 4}
 _CHOICES = {
     "schedule": ("linear", "cosine", "constant"),

@@ -65,12 +65,20 @@ def reporter(bar: Progress, start: int, steps: int, metric: str, formatted: str)
     def report(row: Row, amount: int) -> None:
         if "loss" in row:
             amounts.append(amount)
-            bar.update(task, completed=row["step"], loss=row["loss"], amount=sum(amounts) / len(amounts))
+            loss = math.nan if row["loss"] is None else row["loss"]
+            bar.update(task, completed=row["step"], loss=loss, amount=sum(amounts) / len(amounts))
+            if "skipped" in row:
+                told = f"loss or gradient not finite, {row['skipped']} in a row"
+                bar.console.print(f"step {row['step']} skipped: {told}")
         else:
-            value = format(row[metric], formatted)
-            bar.console.print(f"step {row['step']}: {metric} {value}, loss {row['evaluation_loss']:.3f}")
+            value, loss = _number(row[metric], formatted), _number(row["evaluation_loss"], ".3f")
+            bar.console.print(f"step {row['step']}: {metric} {value}, loss {loss}")
 
     return report
+
+
+def _number(x: float | None, formatted: str) -> str:
+    return "not finite" if x is None else format(x, formatted)
 
 
 def show_results(console: Console, result: Row, names: Mapping[str, str], formatted: str) -> None:
@@ -79,8 +87,8 @@ def show_results(console: Console, result: Row, names: Mapping[str, str], format
     table = Table("model", title="On the evaluation rows", box=SIMPLE_HEAD)
     table.add_column(trained, justify="right")
     for key, other in before:
-        table.add_row(other, format(result[key], formatted))
-    table.add_row(name, format(result[trained], formatted), style="bold green")
+        table.add_row(other, _number(result[key], formatted))
+    table.add_row(name, _number(result[trained], formatted), style="bold green")
     console.print(table)
     adapter, model = result["adapter_bytes"], result["model_bytes"]
     console.print(f"adapter {human(adapter)}: {adapter / model:.2%} of the model's {human(model)}")
@@ -93,7 +101,7 @@ def draw_curves(path: Path, rows: Sequence[Row], result: Row, metric: str, compa
     for axes, name, label in (
         (left, "loss", "training"), (left, "evaluation_loss", "evaluation"), (right, metric, "fine-tuned"),
     ):  # fmt: skip
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axes.plot(*zip(*points, strict=True), label=label, marker="" if name == "loss" else "o")
     for (name, label), style in zip(compared.items(), ("--", ":", "-."), strict=False):
         right.axhline(result[name], color="gray", linestyle=style, label=label)

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from safetensors.numpy import save_file
 
 from jpeft._storage import MANIFEST, CheckpointError, read, write
 from jpeft.cli._arguments import Arguments, option
@@ -85,6 +88,13 @@ class Run:
         arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
         write((self.directory / name).absolute(), arrays, {"step": step}, overwrite=True)
 
+    def keep_batch(self, step: int, batch: Any) -> Path:
+        """Write a batch's arrays down, to be looked at; return the file."""
+        file = self.directory / f"batch-{step}.safetensors"
+        arrays = jax.tree_util.tree_leaves_with_path(batch)
+        save_file({jax.tree_util.keystr(path, simple=True): np.ascontiguousarray(x) for path, x in arrays}, file)
+        return file
+
     def read(self, name: str, like: Any) -> tuple[int, Any]:
         """The number of steps after which arrays were saved, and those; `(0, None)` where there are none.
 
@@ -121,7 +131,8 @@ class Run:
         return UserError(f"the run in {self.directory} cannot go on: {error}")
 
     def log(self, **row: Any) -> Row:
-        """Append a row to metrics.jsonl."""
+        """Append a row to metrics.jsonl, with null for a number that is not finite."""
+        row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
         self.rows.append(row)
         with self._metrics.open("a") as file:
             file.write(_line(row))
@@ -131,14 +142,15 @@ class Run:
         """The rows of evaluations, in order."""
         return [row for row in self.rows if "evaluation_loss" in row]
 
-    def best(self) -> Row:
-        """The first row of an evaluation with the lowest loss."""
-        return min(self.evaluations(), key=lambda row: row["evaluation_loss"])
+    def best(self) -> Row | None:
+        """The first row of an evaluation with the lowest loss; `None` where no loss was finite."""
+        finite = [row for row in self.evaluations() if row["evaluation_loss"] is not None]
+        return min(finite, key=lambda row: row["evaluation_loss"], default=None)
 
     def stale(self) -> int:
-        """How many evaluations came after the best."""
-        rows = self.evaluations()
-        return len(rows) - 1 - rows.index(self.best())
+        """How many evaluations came after the best; all of them where there is none."""
+        rows, best = self.evaluations(), self.best()
+        return len(rows) if best is None else len(rows) - 1 - rows.index(best)
 
 
 def _line(row: Row) -> str:

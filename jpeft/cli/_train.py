@@ -19,6 +19,7 @@ from jpeft.cli._arguments import Arguments
 from jpeft.cli._errors import UserError
 from jpeft.cli._run import BEST, STATE, Row, Run
 from jpeft.cli._task import Task
+from jpeft.optim import skip_nonfinite
 
 
 class State(NamedTuple):
@@ -56,14 +57,14 @@ def learning_rate(arguments: Arguments) -> optax.Schedule:
     return schedule
 
 
-def optimizer(arguments: Arguments) -> optax.GradientTransformation:
-    """AdamW that decays matrices alone, on gradients clipped by their norm."""
+def optimizer(arguments: Arguments) -> optax.GradientTransformationExtraArgs:
+    """AdamW that decays matrices alone, on gradients clipped by their norm; it skips what is not finite."""
     matrices = lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
     adamw = optax.adamw(learning_rate(arguments), weight_decay=arguments.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(arguments.clip), adamw)
+    return skip_nonfinite(optax.chain(optax.clip_by_global_norm(arguments.clip), adamw))
 
 
-def make_step(task: Task, tx: optax.GradientTransformation) -> Callable:
+def make_step(task: Task, tx: optax.GradientTransformationExtraArgs) -> Callable:
     """`(state, frozen, batch) -> (state, loss)`; the state that goes in is used up.
 
     The arrays of `batch` are (microbatches, rows, ...). The loss is the mean over all that counts in any of them, so
@@ -83,7 +84,7 @@ def make_step(task: Task, tx: optax.GradientTransformation) -> Callable:
 
         zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable)
         (value, gradients), _ = jax.lax.scan(add, zeros, batch)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.trainable)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.trainable, value=value)
         return State(optax.apply_updates(state.trainable, updates), opt_state), value
 
     return step
@@ -129,16 +130,15 @@ def train(
 ) -> State:  # fmt: skip
     """Make the steps after `start`; log, evaluate and save on the way.
 
-    Raises `Interrupted` after a Ctrl-C, and a UserError for a loss that is not finite.
+    Raises `Interrupted` after a Ctrl-C, and a UserError after too many steps in a row that were not finite: what they
+    left as it was is saved, and the last batch of them is written down.
     """
     schedule, last = learning_rate(arguments), arguments.steps
     size, parts = arguments.batch_size, arguments.accumulate
     apart = lambda x: x.reshape(parts, size, *x.shape[1:])
 
     def judge() -> None:
-        row = evaluate(state.trainable, frozen)
-        _check(done, row["evaluation_loss"])
-        report(run.log(step=done, **row), 0)
+        report(run.log(step=done, **evaluate(state.trainable, frozen)), 0)
         if arguments.patience and run.stale() == 0:
             run.save(BEST, done, state.trainable)
 
@@ -153,9 +153,13 @@ def train(
             batch = task.train.train_batch(done, parts * size, arguments.seed)
             done += 1
             state, loss = step_fn(state, frozen, jax.tree.map(apart, batch))
-            _check(done, loss)
-            row = run.log(step=done, loss=float(loss), learning_rate=float(schedule(done - 1)))
-            report(row, task.amount(batch))
+            skipped, in_a_row = int(state.opt_state.skipped), int(state.opt_state.in_a_row)
+            counts = {"skipped": in_a_row} if in_a_row else {}
+            rate = float(schedule(done - skipped - 1))
+            report(run.log(step=done, loss=float(loss), learning_rate=rate, **counts), task.amount(batch))
+            if in_a_row >= arguments.skip_limit:
+                run.save(STATE, done, state)
+                raise UserError(_gave_up(run, done, in_a_row, batch))
             if done == last or done % arguments.eval_every == 0:
                 judge()
             stop = interrupted()
@@ -166,6 +170,12 @@ def train(
     return state
 
 
-def _check(step: int, loss: Any) -> None:
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}; try a lower --learning-rate")
+def _gave_up(run: Run, step: int, in_a_row: int, batch: Any) -> str:
+    """What to tell after so many steps in a row that were not finite, the last of which was with `batch`."""
+    file = run.keep_batch(step, batch)
+    return (
+        f"the loss or its gradient was not finite at {in_a_row} steps in a row, the last of them step {step}. They "
+        f"changed nothing: {run.directory / STATE} holds the state that step {step - in_a_row} left. The last batch is "
+        f"in {file}. Try a lower --learning-rate, or go on with the next batch: jpeft finetune --resume --output "
+        f"{run.directory}"
+    )

@@ -70,6 +70,8 @@ def finetune(arguments: Arguments, console: Console) -> None:
     trainable, row = state.trainable, run.evaluations()[-1]
     if arguments.patience:
         trainable, row = run.read(BEST, like.trainable)[1], run.best()
+        if row is None:
+            raise UserError("no evaluation had a finite loss: there is no best adapter to keep")
     _finish(run, task, arguments, console, jpeft.combine(trainable, frozen), row)
 
 

@@ -133,6 +133,18 @@ def same_arrays(left, right):
         assert np.asarray(x).tobytes() == np.asarray(other[name]).tobytes(), name
 
 
+def test_a_run_that_diverges_ends_with_what_was_good(command, tmp_path, capsys):
+    options = ["--learning-rate", "1e30", "--warmup", "0", "--skip-limit", "3"]
+    assert main([*command, *ONE_SHAPE, *options]) == 2
+    captured = capsys.readouterr()
+    assert "step 4 skipped: loss or gradient not finite, 3 in a row" in captured.out
+    assert "run/state holds the state that step 1 left" in captured.err
+    assert "batch-4.safetensors" in captured.err and (tmp_path / "run/batch-4.safetensors").exists()
+    assert [row["loss"] is None for row in rows(tmp_path / "run") if "loss" in row] == [False, True, True, True]
+    _, state = _run.read(tmp_path / "run/state")
+    assert all(np.isfinite(x).all() for x in state.values())
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(command, tmp_path):
     program = "import sys; from jpeft.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = [*command, *ONE_SHAPE, "--steps", "100000"]
