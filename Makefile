@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test slow parity docs clean
+.PHONY: demo test slow parity faults docs clean
 
 # The default fine-tuning: MiniLM, LoRA on an NF4 base, keywords masked in the standard library's code.
 demo: .venv/cli
@@ -21,6 +21,18 @@ parity: .venv/parity
 	set -e; for script in .parity/fixtures/make_*.py; do $(BIN)/python $$script; done
 	cd .parity && ../$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow or parity" -p no:cacheprovider \
 		hf models reparam additive selective optim generation algebra mixture hybrid compose test_peft_layers.py cli/test_end_to_end.py
+
+# What checkpoints promise, at full count: hours. The counts of a default run are in tests/faults/test_faults.py.
+faults: .venv/test
+	$(BIN)/python tests/faults/kill.py --count 1000
+	$(BIN)/python tests/faults/corrupt.py --count 10000
+	$(BIN)/python tests/faults/full_disk.py --count 200  # as root
+	$(BIN)/python tests/faults/writers.py --count 100
+	$(BIN)/python tests/faults/nonfinite.py --steps 50
+	$(BIN)/python tests/faults/resume.py --steps 200
+	$(BIN)/python tests/faults/peers.py --count 20
+	$(BIN)/python tests/faults/preempt.py --count 100
+	$(BIN)/python tests/faults/topology.py
 
 docs: .venv/docs
 	$(BIN)/python -m mkdocs build --strict

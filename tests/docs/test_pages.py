@@ -12,15 +12,17 @@ from test_examples import PAGES, ROOT, blocks
 
 import jpeft
 import jpeft.algebra
+import jpeft.distributed
 import jpeft.hf
 import jpeft.models
 import jpeft.optim
+import jpeft.plan
 
 
 DOCUMENTED = re.findall(r"^::: (jpeft\.\S+)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
 PUBLIC = {
     f"{module.__name__}.{name}": x
-    for module in (jpeft, jpeft.algebra, jpeft.hf, jpeft.models, jpeft.optim)
+    for module in (jpeft, jpeft.algebra, jpeft.distributed, jpeft.hf, jpeft.models, jpeft.optim, jpeft.plan)
     for name, x in vars(module).items()
     if not name.startswith("_") and not inspect.ismodule(x)
 }
@@ -74,7 +76,7 @@ def test_every_make_target_exists():
 def options():
     """The options of every command, by its own help."""
     found = {}
-    for command in ("finetune", "generate", "chat"):
+    for command in ("finetune", "generate", "chat", "plan"):
         program = [sys.executable, "-c", "from jpeft.cli import main; main()", command, "--help"]
         wide = os.environ | {"COLUMNS": "200"}
         shown = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=wide, check=True)
@@ -89,9 +91,10 @@ def documented(text):
 
 
 def test_every_option_is_documented(options):
-    finetune, others = (ROOT / "docs/cli.md").read_text().split("\n## Generate and chat\n")
+    finetune, others, plan = re.split("\n## (?:Generate and chat|Plan)\n", (ROOT / "docs/cli.md").read_text())
     assert documented(finetune) == options["finetune"]
     assert documented(others) == options["generate"] | options["chat"]
+    assert documented(plan) == options["plan"]
 
 
 @pytest.mark.parametrize("line", sorted({line for line in commands() if line.startswith("jpeft ")}))
