@@ -39,7 +39,8 @@ class Restored(NamedTuple):
 class CheckpointManager:
     """The steps of one training run in one directory, written by Orbax.
 
-    A step holds the trainable subtree, the state of the optimizer, a key, the position in the data, and a manifest:
+    A step holds what trains, what else its nodes have and no base has (masks, random projections), the state of the
+    optimizer, a key, the position in the data, and a manifest:
     nodes and their static fields, names, shapes and dtypes, and a checksum of every array, those of the base included.
     It is written beside the others, flushed, and then renamed: it is there as a whole or not at all.
 
@@ -105,7 +106,7 @@ class CheckpointManager:
 
         **Arguments:**
 
-        - `params`: the tuned tree; of what does not train in it, checksums are saved.
+        - `params`: the tuned tree; of its base, checksums are saved.
         - `key`: typed, or as raw numbers.
         - `data`: a JSON value that tells where in the data this is, such as the state of a Grain iterator; in a program
           of many processes, each gives its own.

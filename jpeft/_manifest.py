@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from ._node import Leaf, Node, Role, value
-from ._shared import Ref
+from ._node import Additive, Leaf, Node, Role, is_param, value
+from ._shared import SHARED, Ref
 from ._storage import Json, record
 from ._targets import name_of
 
@@ -74,6 +74,23 @@ def differences(saved: Mapping[str, str], given: Mapping[str, str]) -> list[str]
     faults += [f"unexpected: {name}, {x}" for name, x in given.items() if name not in saved]
     both = [(name, x, given[name]) for name, x in saved.items() if name in given]
     return faults + [f"changed: {name}, {then} when saved, {now} now" for name, then, now in both if then != now]
+
+
+def kept(params: Any) -> Any:
+    """For every array of a tree whether it is kept with what trains: it trains itself, or belongs to a node and to no
+    base, such as a mask or a random projection.
+    """
+    paths, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_param)
+    beside = lambda path, x: isinstance(x, Additive) or name_of(path).startswith(f"{SHARED}/")
+    return tree.unflatten([_kept(x, of_base=not beside(path, x)) for path, x in paths])
+
+
+def _kept(x: Any, of_base: bool) -> Any:
+    if not isinstance(x, Node):
+        return jax.tree.map(lambda _: not of_base, x)
+    from_base = _from_base(x) if of_base else []
+    trained = {name: jax.tree.map(lambda _: True, part) for name, part in x.parts(Role.TRAINABLE).items()}
+    return x.replace(**trained, **{n: _kept(part, n in from_base) for n, part in x.parts(Role.FROZEN).items()})
 
 
 def is_form(x: Any) -> bool:

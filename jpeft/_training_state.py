@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._expressions import Stacked
-from ._manifest import class_name, constants, differences, pointer
+from ._manifest import class_name, constants, differences, kept, pointer
 from ._node import Node, Role, is_node
 from ._storage import CheckpointError, Json, dumps, record
-from ._tree import Params, combine, map_nodes, partition
+from ._tree import Params, combine, map_nodes
 
 
 KEY = "key"
@@ -24,7 +24,7 @@ class TreeMismatchError(CheckpointError):
 
 
 class TrainingState:
-    """The trainable subtree of `params`, `opt_state` and `key`, and what they stand on.
+    """What trains in `params` and what its nodes hold besides, `opt_state` and `key`; and the base they stand on.
 
     Leaves that are to be restored may be `jax.ShapeDtypeStruct`s.
 
@@ -32,8 +32,10 @@ class TrainingState:
     """
 
     def __init__(self, params: Params, opt_state: Any, key: jax.Array | None = None):
-        trainable, self._frozen = partition(params)
-        self._tree = {"params": trainable, "opt_state": opt_state, KEY: key}
+        which = kept(params)
+        pick = lambda wanted: jax.tree.map(lambda mark, x: x if mark == wanted else None, which, params)
+        self._of_base = pick(False)
+        self._tree = {"params": pick(True), "opt_state": opt_state, KEY: key}
         self.leaves = _named(self._tree)
         self._nodes = _nodes(map_nodes(lambda x: x.on(None), params, Stacked))  # which of them act is for calls to say
         kinds = jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct
@@ -50,7 +52,7 @@ class TrainingState:
         keys = {name: {"impl": str(jax.random.key_impl(x))} for name, x in self.leaves.items() if _is_key(x)}
         arrays = {n: _described(self.leaves[n]) | record(x) | keys.get(n, {}) for n, x in self.arrays.items()}
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-        return {"nodes": self._nodes, "frozen": self._base(), "arrays": arrays, "versions": versions}
+        return {"nodes": self._nodes, "base": self._base(), "arrays": arrays, "versions": versions}
 
     def check(self, saved: dict[str, Json], what: str) -> None:
         """**Raises** `TreeMismatchError` with all in which a saved state differs, but for what training changes."""
@@ -58,7 +60,7 @@ class TrainingState:
         given = {name: _described(x) for name, x in self.leaves.items() if name != KEY}
         faults = [
             *differences(_shown(saved["nodes"], _node), _shown(self._nodes, _node)),
-            *differences(_shown(saved["frozen"], _bits), _shown(self._base(), _bits)),
+            *differences(_shown(saved["base"], _bits), _shown(self._base(), _bits)),
             *differences(_shown(arrays, _kind), _shown(given, _kind)),
         ]
         if faults:
@@ -74,10 +76,10 @@ class TrainingState:
         entries = saved["arrays"].items()
         found = {name: _placed(arrays[name], x.get("impl"), self.leaves.get(name)) for name, x in entries}
         tree = jax.tree_util.tree_map_with_path(lambda path, _: found[pointer(path)], self._tree | {KEY: None})
-        return combine(tree["params"], self._frozen), tree["opt_state"], found.get(KEY)
+        return combine(tree["params"], self._of_base), tree["opt_state"], found.get(KEY)
 
     def _base(self) -> dict[str, Json]:
-        return {name: _record_once(x) for name, x in _named(self._frozen).items()}
+        return {name: _record_once(x) for name, x in _named(self._of_base).items()}
 
 
 def _named(tree: Any) -> dict[str, Any]:

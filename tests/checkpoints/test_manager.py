@@ -322,8 +322,22 @@ def test_manifest_tells_everything(tmp_path):
     manifest = json.loads((tmp_path / "4/manifest/metadata").read_text())
     assert manifest["step"] == 4 and manifest["nodes"]["up/kernel"]["is"] == "jpeft:LoRA"
     assert set(manifest["versions"]) == {"jpeft", "jax", "flax", "optax", "orbax-checkpoint"}
-    assert {name for name in manifest["frozen"] if name.startswith("up")} == {"up/kernel/base", "up/bias"}
-    assert all(len(x["sum"]) == 16 for x in (manifest["arrays"] | manifest["frozen"]).values())
+    assert {name for name in manifest["base"] if name.startswith("up")} == {"up/kernel/base", "up/bias"}
+    assert all(len(x["sum"]) == 16 for x in (manifest["arrays"] | manifest["base"]).values())
+
+
+def test_what_a_transition_changes(tmp_path):
+    """A mask does not train, and no base has it: it is saved; the base beneath, quantized, is not."""
+    params = jpeft.adalora(jpeft.nf4(base(), block=4, targets="up/kernel"), rank=2, targets="up/kernel")
+    opt_state = TX.init(jpeft.partition(params)[0])
+    node = params["up"]["kernel"]
+    pruned = params | {"up": params["up"] | {"kernel": node.replace(mask=node.mask.at[0].set(False))}}
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, pruned, opt_state)
+        found = manager.restore(params, opt_state)
+    assert_same(found.params, pruned)
+    manifest = json.loads((tmp_path / "1/manifest/metadata").read_text())
+    assert "params/up/kernel/mask" in manifest["arrays"] and "up/kernel/base/codes" in manifest["base"]
 
 
 # Saves that fail, and other writers.
