@@ -24,6 +24,7 @@ def parts(found):
     return found["adapter"], found["optimizer"]
 
 
+@pytest.mark.slow
 def test_two_halves_are_a_whole(tmp_path):
     """And no whole where the second half does not go on with the data."""
     train = partial(resume.run, name="adamw", every=2)

@@ -7,7 +7,7 @@ import re
 import jax.numpy as jnp
 
 
-SIZES = {"pred": 1, "u8": 1, "s8": 1, "u32": 4, "s32": 4, "f32": 4, "bf16": 2, "f16": 2}
+SIZES = {"c64": 8, "pred": 1, "u8": 1, "s8": 1, "u32": 4, "s32": 4, "f32": 4, "bf16": 2, "f16": 2}
 KINDS = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"
 MOVES = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 

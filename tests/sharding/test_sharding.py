@@ -12,11 +12,8 @@ HERE = pathlib.Path(__file__).parent
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["sharded_trees", pytest.param("sharded_steps", marks=pytest.mark.slow),
-     pytest.param("explicit_axes", marks=pytest.mark.slow), pytest.param("sharded_methods", marks=pytest.mark.slow)],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sharded_trees", "sharded_steps", "explicit_axes", "sharded_methods"])
 def test_on_eight_devices(name):
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(HERE / f"{name}.py")]
     done = subprocess.run(command, env=os.environ | DEVICES, capture_output=True, text=True)
