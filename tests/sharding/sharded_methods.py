@@ -56,9 +56,12 @@ def test_divided_is_whole(method):
 
 # What trains makes an array that is larger (a weight, the matrix of a shared projection, a prompt), and the gradient of
 # that is what XLA sums over the devices.
-LARGER = set(
-    ["vera", "lora_xs", "tinylora", "tinylora_shared", "randlora", "hira", "loha", "lokr_both", "said", "did_dense", "fourierft", "fourierft_zeros", "c3a", "c3a_zeros", "road_1", "road_encoder", "oft", "oft_exact", "boft", "hra", "hra_orthogonal", "sparse", "shira", "spiel", "far", "tokens", "invertible", "compacter", "compacter_plus", "phm", "moe_lora", "moe_lora_top", "ladder", "intrinsic_prompt", "cpt"]
-)
+LARGER = {
+    "vera", "lora_xs", "tinylora", "tinylora_shared", "randlora", "hira", "loha", "lokr_both", "said", "did_dense",
+    "fourierft", "fourierft_zeros", "c3a", "c3a_zeros", "road_1", "road_encoder", "oft", "oft_exact", "boft", "hra",
+    "hra_orthogonal", "sparse", "shira", "spiel", "far", "tokens", "invertible", "compacter", "compacter_plus", "phm",
+    "moe_lora", "moe_lora_top", "ladder", "intrinsic_prompt", "cpt",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
