@@ -118,14 +118,24 @@ def xlora(
 def apply_xlora(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
     """`apply(model, variables, *args, **kwargs)` with the weights that the tree's `XLoRA` gives every token.
 
-    **Raises** `ValueError` for a tree that `xlora` has not made, and for a cache: weights are of a text as a whole.
+    A `cache` is a pair, of the pass without adapters and of that with them, such as `(empty, empty)` of an empty one;
+    the pair is returned beside the logits.
+
+    **Raises** `ValueError` for a tree that `xlora` has not made, and for a cache that is no pair.
     """
     nodes_of(variables, XLoRA, "xlora")
-    if kwargs.get("cache") is not None:
-        raise ValueError("X-LoRA goes with no cache: its first pass, without adapters, would fill it.")
     count = len(next(iter(nodes_of(variables, StackedBranches, "stack").values())).names)
-    _, (gates,) = tapped(lambda: apply(model, variables, *args, adapters=jnp.zeros(count), **kwargs), GATES)
-    return apply(model, variables, *args, adapters=gates, **kwargs)
+    caches = kwargs.pop("cache", None)
+    if caches is not None and not (type(caches) is tuple and len(caches) == 2):
+        raise ValueError("X-LoRA runs the model twice, and has two caches: cache=(empty, empty) to begin with.")
+
+    def run(adapters, which):
+        cache = {} if caches is None else {"cache": caches[which]}
+        return apply(model, variables, *args, adapters=adapters, **kwargs, **cache)
+
+    first, (gates,) = tapped(lambda: run(jnp.zeros(count), 0), GATES)
+    result = run(gates, 1)
+    return result if caches is None else (result[0], (first[1], result[1]))
 
 
 def _linear(key: jax.Array, features_in: int, features_out: int) -> tuple[jax.Array, jax.Array]:

@@ -68,7 +68,8 @@ def close(found, want, tolerance=1e-5):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
 
 
-@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_is_the_dense_adapter(case, scan):
     """Its output, and every gradient, that of the rule too."""

@@ -79,8 +79,9 @@ def test_is_its_formula(fused):
     close(found - module.apply({"params": params}, x, mask, rotation), 0.7 * seen @ params["out"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["float", "int8", "nf4"])
-@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scan", [False, True])
 def test_a_closed_gate_is_the_model(base, scan):
     """Bit for bit, and its gate moves first."""
     model = subject("decoder", scan, base)
@@ -144,6 +145,7 @@ def test_other_layers_of_a_stack_keep_their_gates_closed():
     assert not np.any(stacked(grads, "gate", True)[0])
 
 
+@pytest.mark.slow
 def test_a_cache_has_the_tokens_alone():
     model = subject("decoder")
     tuned = shaken_trainable(jpeft.llama_adapter(model.params, length=3, sites=model.sites))

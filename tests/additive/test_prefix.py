@@ -78,6 +78,7 @@ def learned():
     return model, shaken(model.init(jax.random.key(0), IDS)["params"], jax.random.key(2))
 
 
+@pytest.mark.slow
 def test_learned_positions_move_up():
     model, params = learned()
     tuned = jpeft.init_prefix(model, params, TEXT)
@@ -123,6 +124,7 @@ def test_a_cache_behind_a_prompt_and_a_prefix(order):
     close(jnp.concatenate([y, rest], axis=1), run(IDS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "learned"])
 def test_with_a_cache(kind):
     """A part of the tokens first, and then the others, one at a time: the cache has the tokens alone."""

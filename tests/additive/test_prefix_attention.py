@@ -49,6 +49,7 @@ def hidden(seen):
     return jnp.where(seen, 0.0, -1e30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["left", "right", "none"])
 def test_a_window_never_hides_the_prefix(mask):
     """A token sees itself and two behind, and all of the prefix, which is not rotated; tokens are moved up."""
@@ -109,6 +110,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_each_attention_of_a_t5_has_its_own_prefix(place):
     """What its modules return, one beside the other. The prefix is at no distance, and so has no bias."""

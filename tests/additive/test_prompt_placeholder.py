@@ -103,6 +103,7 @@ def test_every_segment_has_places_of_its_own():
     close(found, want)
 
 
+@pytest.mark.slow
 def test_prompts_of_one_place_and_of_others():
     """Those of the same token follow one another; a prompt before the text comes before all of them."""
     model = subject("decoder")
@@ -126,6 +127,7 @@ def test_prompts_of_one_place_and_of_others():
         close(jnp.concatenate(found, axis=1), want)
 
 
+@pytest.mark.slow
 def test_a_decoder_has_no_places():
     """They are the encoder's, with a cache and without."""
     model = T5(T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4,

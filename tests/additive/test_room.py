@@ -119,6 +119,7 @@ def test_a_decoder_has_no_prompt(t5, targets):
         close(found(**how), plain(**how))
 
 
+@pytest.mark.slow
 def test_a_cache_of_a_decoder(t5):
     model, tuned, _ = t5
     ids = jax.random.randint(jax.random.key(4), (2, 3), 0, 28)

@@ -20,6 +20,7 @@ def copied(params):
     return jax.tree.map(lambda x: jnp.array(x, copy=True), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, scan", laws.SUBJECTS)
 def test_models(kind, scan):
     """A decoder with heads, and layers that are stacked or not: it computes as with the sum of changes in its base."""

@@ -115,6 +115,7 @@ def test_both_forms_of_the_adapter_are_the_trained_one(whole, tiny_llama, pairs)
     assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", str(tiny_llama))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_a_whole_one(whole, tiny_llama, pairs, tmp_path, monkeypatch):
     run, other = tmp_path / "run", whole[0]
     calls = iter(range(1, 14))

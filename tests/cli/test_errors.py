@@ -142,7 +142,7 @@ def test_unknown_command(capsys):
     assert main(["finetun"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("jpeft: unknown command 'finetun': did you mean finetune")
-    assert error.endswith("There are: finetune, generate, chat\n")
+    assert error.endswith("There are: finetune, generate, chat, plan\n")
 
 
 def test_help_has_every_option(capsys):

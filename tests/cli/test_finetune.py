@@ -65,6 +65,7 @@ def test_run_directory_is_complete(command, tmp_path, method, base, capsys):
 
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "base"), [("lora", "nf4"), ("prompt", "float")])
 def test_adapter_is_what_was_evaluated(command, tmp_path, tiny_model, data, method, base):
     options = ["--eval-data", str(data), "--method", method, "--base", base]
@@ -145,6 +146,7 @@ def test_a_run_that_diverges_ends_with_what_was_good(command, tmp_path, capsys):
     assert all(np.isfinite(x).all() for x in state.values())
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(command, tmp_path):
     program = "import sys; from jpeft.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = [*command, *ONE_SHAPE, "--steps", "100000"]

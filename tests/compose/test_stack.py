@@ -54,8 +54,9 @@ def test_rows_are_those_of_separate_runs(kind, scan, base):
         assert n < 0 or np.abs(alone[row] - plain[row]).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])
-@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scan", [False, True])
 def test_weights_are_data(kind, scan):
     """Of adapters, of rows, of tokens: one trace each; zeros are the base, and one at a single place that adapter."""
     model = subject("decoder", scan)

@@ -130,7 +130,8 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("name", [*MEMORY, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MEMORY, *SLOW])
 def test_quantized_base_is_never_there_as_a_whole(name):
     """The peak is codes, constants, adapters, their optimizer state, activations, and one dequantized kernel."""
     how = (MEMORY | SLOW)[name]

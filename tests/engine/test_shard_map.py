@@ -5,7 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_shard_map():
     tests = pathlib.Path(__file__).with_name("sharded_constructs.py")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", str(tests)]

@@ -42,16 +42,26 @@ METHODS = {
     "intrinsic prompt": lambda params, key: jpeft.intrinsic_prompt(
         params, decoder=((jax.random.normal(key, (4, 48)), jnp.zeros(48)),), length=3, key=key
     ),
+    "fusion": lambda params, key: jpeft.fuse([trained(jpeft.bottleneck(params, width=n)) for n in (3, 5)], sites=SITES),
+    "arrow": lambda params, key: jpeft.arrow([trained(jpeft.lora(params, rank=n)) for n in (1, 2)], top=1),
+    "s4": lambda params, key: jpeft.s4(
+        params, rules=[[jpeft.bottleneck(width=4)], [jpeft.lora(rank=2), jpeft.prefix(length=3, sites=SITES)]],
+        sizes=[1, 1], key=key, sites=SITES,
+    ),
     "mam": lambda params, key: jpeft.mam(params, length=3, prefix_width=None, width=4, key=key, sites=SITES),
     "ladder": lambda params, key: jpeft.ladder(params, model=MODEL, reduction=2, key=key),
     "two prompts and lora": jpeft.chain(jpeft.prompt(length=3), jpeft.lora(rank=2), jpeft.prompt(length=2)),
 }
 
 
-def tuned(method):
+def trained(params):
     """As after training: the start of many methods changes nothing."""
-    trainable, frozen = jpeft.partition(METHODS[method](params(), key=jax.random.key(1)))
+    trainable, frozen = jpeft.partition(params)
     return jpeft.combine(shaken(trainable, jax.random.key(2), size=0.5), frozen)
+
+
+def tuned(method):
+    return trained(METHODS[method](params(), key=jax.random.key(1)))
 
 
 def made(options=None, /, ids=None, mask=None, own=None, model=MODEL, **more):

@@ -228,6 +228,7 @@ def test_several_files(directory):
     same(load(path)[1], want)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_devices():
     tests = Path(__file__).with_name("sharded_load.py")
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

@@ -31,6 +31,7 @@ def test_a_file_that_goes_in_and_out_is_the_same_to_the_byte(directory, tmp_path
             assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     layers=st.integers(1, 3),

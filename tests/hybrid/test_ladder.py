@@ -185,7 +185,8 @@ def test_nodes_that_train_in_the_model_change_nothing(scan):
     assert sum(map(of_model, products)) == 3 * (9 + 3)
 
 
-@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
 def test_caches(scan):
     """In pieces, with padding, over a quantized model with frozen nodes beside its blocks."""
     model = subject("decoder", scan)

@@ -40,6 +40,7 @@ def test_spindle(count, sizes):
     assert jpeft.spindle(count) == sizes
 
 
+@pytest.mark.slow
 def test_groups_of_the_paper():
     model, params, sites = encoder(6)
     tuned = jpeft.s4(params, rank=2, width=3, length=2, sites=sites)

@@ -113,7 +113,8 @@ def lone(a, b, depth):
     return jnp.squeeze(a, depth), jnp.squeeze(b, depth)
 
 
-@pytest.mark.parametrize(("scan", "base"), [(False, "int8"), pytest.param(True, "nf4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("scan", "base"), [(False, "int8"), (True, "nf4")])
 def test_equal_gates_are_the_mean(scan, base):
     model = subject(scan=scan, base=base)
     params = trained(jpeft.moe_lora(model.params, rank=2, experts=3, alpha=3, sites=model.sites))

@@ -68,12 +68,13 @@ def close(found, want, tolerance):
     np.testing.assert_allclose(found, want, rtol=0, atol=tolerance * max(np.abs(want).max(), 1e-2))
 
 
-def tuned(count, kind=jpeft.lora):
-    model = subject("decoder")
+def tuned(count, kind=jpeft.lora, scan=False):
+    model = subject("decoder", scan)
     trees = [jpeft.partition(kind(model.params, rank=2, sites=model.sites)) for _ in range(count)]
     return model, [jpeft.combine(shaken(t, jax.random.key(n), 0.3), f) for n, (t, f) in enumerate(trees)]
 
 
+@pytest.mark.slow
 def test_all_weight_on_one():
     """It is that adapter alone; and a single one, that times `scale`."""
     model, trees = tuned(3)
@@ -130,10 +131,31 @@ def test_refuses():
     params = jpeft.xlora(trees, sites=model.sites)
     with pytest.raises(ValueError, match="Which adapters"):
         model(params)
-    with pytest.raises(ValueError, match="goes with no cache"):
+    with pytest.raises(ValueError, match="has two caches"):
         jpeft.apply_xlora(model.model, {"params": params}, model.args[0], cache=model.model.init_cache(2, 8))
     with pytest.raises(ValueError, match=r"no XLoRA node.*jpeft\.xlora"):
         jpeft.apply_xlora(model.model, {"params": jpeft.stack(trees)}, *model.args)
+
+
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_most_probable_tokens(scan):
+    """Those of the whole text, computed anew for each, behind padding and in pieces."""
+    model, trees = tuned(2, scan=scan)
+    params, net = {"params": jpeft.xlora(trees, sites=model.sites)}, model.model
+    run = jax.jit(lambda ids, mask, caches: jpeft.apply_xlora(net, params, ids, mask, cache=caches))
+    anew = jax.jit(lambda ids, mask: jpeft.apply_xlora(net, params, ids, mask))
+    ids, mask = jnp.array([[3, 1, 4, 1, 5], [0, 0, 9, 2, 6]]), jnp.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    empty, new, found, whole = net.init_cache(2, 12), ids, [], ids
+    caches, seen = (empty, empty), mask
+    for _ in range(6):
+        logits, caches = run(new, seen, caches)
+        new, seen = jnp.argmax(logits[:, -1:], -1).astype(jnp.int32), jnp.ones((2, 1), jnp.int32)
+        found.append(new)
+    for n in range(6):
+        longer = jnp.pad(mask, [(0, 0), (0, n)], constant_values=1)
+        whole = jnp.concatenate([whole, jnp.argmax(anew(whole, longer)[:, -1:], -1).astype(jnp.int32)], axis=1)
+    assert jnp.concatenate(found, axis=1).tolist() == whole[:, 5:].tolist()
+    assert len({tuple(row) for row in whole[:, 5:].T.tolist()}) > 2
 
 
 def test_goes_with_a_prompt_in_the_base():

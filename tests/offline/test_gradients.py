@@ -107,6 +107,7 @@ def test_of_a_boxed_parameter():
     np.testing.assert_array_equal(found["w"], jnp.full((3, 2), 2.0))
 
 
+@pytest.mark.slow
 def test_of_scanned_layers_and_what_is_beside_modules():
     """A scanned model with an adapter beside modules has the gradients of one with layers one by one."""
     subject = laws.subject("decoder", scan=True, base="nf4")

@@ -143,6 +143,7 @@ def test_unknown_option():
         scores(BATCHES, progres=False)
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     """JAX's devices are fixed once it has started: these tests run in a process of their own."""
     tests = Path(__file__).with_name("sharded_passes.py")

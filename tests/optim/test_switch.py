@@ -74,6 +74,7 @@ def switched(scan, choices=((0, 2), (1,), (2, 1))):
     return trees
 
 
+@pytest.mark.slow
 def test_scanned_is_unrolled():
     for numbered, stacked in zip(switched(False)[1:], switched(True)[1:], strict=True):
         chex.assert_trees_all_close(jpeft.merge(stacked), stack_layers(jpeft.merge(numbered)), rtol=1e-4, atol=1e-5)

@@ -133,6 +133,7 @@ def train(model, params, tx, penalty, steps, key=None):
     return jpeft.combine(trainable, frozen), fits
 
 
+@pytest.mark.slow
 def test_three_phases():
     """Gates shut, few entries stay, and these alone go on training: exactly as many as were asked for."""
     model = subject("decoder")
