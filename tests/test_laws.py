@@ -10,7 +10,7 @@ from methods import METHODS
 from jpeft.testing import LAWS, cases, subject
 
 
-SOME = ("lora", "dora", "vera", "delta", "bitfit", "ia3", "houlsby", "prompt", "prefix", "stack")
+SOME = ("lora", "vera", "bitfit", "houlsby", "prompt", "stack")
 SLOW = ("unboxes", "freezes", "scans", "maps", "compiles", "keeps_dtypes")
 
 
