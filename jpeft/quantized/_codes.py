@@ -23,7 +23,8 @@ class Codes(Matrix):
 
     core: Static[tuple[int, ...]] = ()  # the sizes of the kernel's input and output axes, in its order
     dtype: Static[Any] = None  # of the kernel
-    gathered: Static[NamedSharding | None] = None  # how its matrix is divided where it is decoded, if not as at rest
+    # How its matrix is divided where it is decoded, if not as at rest.
+    gathered: Static[NamedSharding | None] = dataclasses.field(default=None, repr=False)
 
     local = ("gathered",)
     packed = True  # whether weights of a group share bytes
