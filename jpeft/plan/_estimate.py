@@ -20,7 +20,8 @@ def estimate(config: Any, arrays: int, trainable: int, kernels: dict[str, Any], 
       config: a `jpeft.models.DecoderConfig`.
       kernels: the `jax.ShapeDtypeStruct` of every parameter of the base before it was quantized, by path.
       mesh: the sizes of its axes `data`, `fsdp` and `tensor`.
-      batch, length: rows of a step, on all chips, and their tokens.
+      batch: rows of a step, on all chips.
+      length: their tokens.
     """
     from jpeft.models._loss import tokens_at_a_time
 

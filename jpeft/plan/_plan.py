@@ -101,7 +101,8 @@ def plan(
     """Compile a train step of a decoder for a topology; of abstract values: no array is made, no weight read.
 
     Args:
-      architecture, fields: as `jpeft.hf` describes a `config.json`.
+      architecture: as `jpeft.hf` describes a `config.json`.
+      fields: of the `config.json`.
       transform: of the model's `jpeft.Sites`, a transform that waits for its tree.
       mesh: sizes of the axes data, fsdp and tensor; one that is left out is 1. By default weights are divided (fsdp)
         over as few chips as leave seven eighths of the memory to other things, and copied over the rest (data).
