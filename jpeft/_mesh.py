@@ -1,11 +1,14 @@
 """What is computed on a mesh of devices, and left to XLA or said to it."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ._division import DATA_AXES
 
 
 def constrained(x: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -20,6 +23,31 @@ def undivided(x: jax.Array) -> jax.Array:
     """`x`, whole on every device of the mesh of `jax.set_mesh`, if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.auto_axes and not mesh.manual_axes else x
+
+
+def batch_axes(batch: int) -> tuple[tuple[str, ...], int]:
+    """The axes of the mesh of `jax.set_mesh` that divide a batch, and into how many parts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in DATA_AXES if axis in mesh.auto_axes)
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    return ((), 1) if batch % parts else (axes, parts)
+
+
+def by_rows(fn: Callable[..., jax.Array], x: jax.Array, *others: Any) -> jax.Array:
+    """`fn(x, *others)`, of which each row needs the same row of `x` alone; computed where the rows are.
+
+    By the mesh of `jax.set_mesh`, as the batch is divided. Without this, XLA gathers the operands of a Fourier
+    transform on every device, and adds up gradients of `others` only after what follows from them.
+    """
+    axes, _ = batch_axes(len(x))
+    if not axes:
+        return fn(x, *others)
+    rows = PartitionSpec(axes)
+
+    def on_rows(x, others):
+        return fn(x, *jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), others))
+
+    return jax.shard_map(on_rows, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names={*axes})(x, others)
 
 
 def replicated(like: Any) -> jax.ShapeDtypeStruct:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._sharding import batch_axes
+from .._mesh import batch_axes
 
 
 IGNORED = -100  # a label that is not to be predicted, as in PyTorch

@@ -1,6 +1,5 @@
 """Which axes of the models' parameters belong together, and how a mesh of devices divides them."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._division import DATA_AXES
+from .._mesh import batch_axes
 from .._targets import name_of
 
 
@@ -39,14 +38,6 @@ def along_batch(x: jax.Array) -> jax.Array:
     """
     axes, _ = batch_axes(len(x))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
-
-
-def batch_axes(batch: int) -> tuple[tuple[str, ...], int]:
-    """The axes of the mesh of `jax.set_mesh` that divide a batch, and into how many parts."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in DATA_AXES if axis in mesh.auto_axes)
-    parts = math.prod(mesh.shape[axis] for axis in axes)
-    return ((), 1) if batch % parts else (axes, parts)
 
 
 def logical_axes(path: str, ndim: int) -> Names:

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from .._mesh import by_rows
 from .._node import Branch, Trainable
 from .._shim import row_major
 from .._targets import Option, Sites, Targets, one_of
@@ -28,8 +29,12 @@ class C3A(Branch):
         return w + blocks.swapaxes(1, 2).reshape(w.shape) / len(w)
 
     def branch(self, x, key):
-        blocks, _, block = self.c.shape
-        c = row_major(jnp.fft.rfft(self.c.astype(jnp.float32)))
+        return by_rows(self._correlated, x, self.c)
+
+    @staticmethod
+    def _correlated(x, c):
+        blocks, _, block = c.shape
+        c = row_major(jnp.fft.rfft(c.astype(jnp.float32)))
         z = row_major(jnp.fft.rfft(x.astype(jnp.float32).reshape(*x.shape[:-1], blocks, block)))
         y = row_major(jnp.fft.irfft(jnp.einsum("...if,iof->...of", z, c.conj()), block))
         return (y.reshape(*x.shape[:-1], -1) / x.shape[-1]).astype(x.dtype)
