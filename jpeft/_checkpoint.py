@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from ._expressions import Stacked
 from ._manifest import build, complete, describe, differences, keys, kind, pointer
 from ._node import Additive, is_param, sharding, whole
-from ._sharding import shardings
+from ._sharding import put, shardings
 from ._shared import SHARED, resolve
 from ._storage import CheckpointError, Json, dumps, read, understood, write
 from ._tree import Params, map_nodes, shared_arrays, strip
@@ -96,8 +96,7 @@ def _divided(params: Params, base: Params) -> Params:
     if len(jax.tree.leaves(over)) < len(_named(base)):
         return params  # a base that is on no mesh
     on_mesh = lambda x: isinstance(getattr(x, "sharding", None), NamedSharding)
-    put = lambda x, to: x if on_mesh(x) else jax.make_array_from_callback(x.shape, to, np.asarray(x).__getitem__)
-    return jax.tree.map(put, params, shardings(params, over))
+    return jax.tree.map(lambda x, to: x if on_mesh(x) else put(x, to), params, shardings(params, over))
 
 
 def _named(params: Params) -> dict[str, Any]:

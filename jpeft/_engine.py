@@ -55,7 +55,7 @@ def evaluate(fn: Callable, params: Any, follow: Callable[[str, Any], bool], key:
     `fn` is called once, with plain parameters in place of every `Leaf`.
     """
     paths, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_param)
-    plain, inputs = [], []
+    plain, inputs, axes = [], [], []
     for path, leaf in paths:
         name = name_of(path)
         followed = follow(name, leaf) and bool(jax.tree.leaves(leaf))  # of a node without arrays nothing can be seen
@@ -63,17 +63,20 @@ def evaluate(fn: Callable, params: Any, follow: Callable[[str, Any], bool], key:
             record.names[name] = leaf
         formula = isinstance(leaf, Leaf)
         plain.append(rebox(leaf, whole(leaf)) if formula else leaf)
+        axes.append(_shim.varying(leaf))
         for x in [leaf if isinstance(leaf, Matrix) else value(leaf)] if formula else jax.tree.leaves(leaf):
             inputs.append(View.of(name, x) if followed else value(x))
 
     static: dict[str, Any] = {}
 
-    def flat(params):
-        out, static["tree"] = jax.tree.flatten(fn(params))
+    def flat(plain):
+        vary = lambda own, leaf: jax.tree.map(lambda x: _shim.vary(x, own), leaf)
+        params = list(map(vary, axes, plain))
+        out, static["tree"] = jax.tree.flatten(fn(jax.tree.unflatten(tree, params)))
         static["fixed"] = [None if hasattr(x, "dtype") else x for x in out]
         return [x for x in out if hasattr(x, "dtype")]
 
-    closed = jax.make_jaxpr(flat)(jax.tree.unflatten(tree, plain))
+    closed = jax.make_jaxpr(flat)(plain)
     engine = _Engine(record)
     outs = iter(engine.formed(engine.run(closed.jaxpr, closed.consts, inputs, key)))
     return jax.tree.unflatten(static["tree"], [next(outs) if x is None else x for x in static["fixed"]])

@@ -50,7 +50,7 @@ def by_rows(fn: Callable[..., jax.Array], x: jax.Array, *others: Any) -> jax.Arr
     return jax.shard_map(on_rows, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names={*axes})(x, others)
 
 
-def replicated(like: Any) -> jax.ShapeDtypeStruct:
+def everywhere(like: Any) -> jax.ShapeDtypeStruct:
     """The type of `like`, for an array that is whole on every device."""
     return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=NamedSharding(like.sharding.mesh, PartitionSpec()))
 

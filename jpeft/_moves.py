@@ -124,7 +124,7 @@ RULES: dict[str, Callable[[Any, Any, list[Any]], list[Any] | None]] = {
     "name": _same,
     "optimization_barrier": _barrier,
     "sharding_constraint": _constraint,
-    "pvary": _elementwise,
+    "pvary": _same,  # what consumes it makes it vary
     "pcast": _elementwise,
     "mul": _scale,
     "div": _scale,

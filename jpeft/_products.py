@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._mesh import automatic, replicated
+from ._mesh import automatic, everywhere
 from ._node import Amplified, Branch, Leaf, Reparam
 from ._operands import Lookup, NoRule, Routed, Window, fold_in
 from ._shim import bind
@@ -156,7 +156,7 @@ def conv(eqn: Any, vals: list[Any]) -> Product | None:
             a = a.reshape([layout.shape[d] for d in window] + [a.shape[-1]])
             place = {d: n for n, d in enumerate((*window, feature))}
             a = jnp.transpose(a, [place[d] for d in range(a.ndim)])
-            (y,) = [eqn.primitive.bind(x, a, **params)]
+            (y,) = bind(eqn, [x, a])
             return jnp.moveaxis(y, features, -1).astype(x.dtype)
 
         with _precision(params["precision"]):
@@ -191,8 +191,8 @@ def gather(eqn: Any, vals: list[Any]) -> Product | None:
             return None
 
         def look(a):
-            changed = {"dimension_numbers": numbers._replace(offset_dims=(rows,)), "slice_sizes": (1, a.shape[-1])}
-            return eqn.primitive.bind(a, index, **{**eqn.params, **changed})
+            changes = {"dimension_numbers": numbers._replace(offset_dims=(rows,)), "slice_sizes": (1, a.shape[-1])}
+            return bind(eqn, [a, index], **changes)[0]
 
         y = view.branch(Lookup(look, view.dtype), key)
         return view.scaled(y.reshape(out.shape))
@@ -272,7 +272,7 @@ def _on_activations(
     out = eqn.outvars[0].aval
     try:
         part = automatic(branch, vals, view, key, like=out)
-        return part, None if isinstance(view.node, Branch) else automatic(gain, view, like=replicated(out))
+        return part, None if isinstance(view.node, Branch) else automatic(gain, view, like=everywhere(out))
     except NoRule:
         return None
 

@@ -77,7 +77,7 @@ def shard(params: Params, shardings: Params, *, data_axes: Collection[str] = DAT
     The nodes of quantized kernels are told, too: where a kernel is divided along axes of data, a product gathers the
     codes and constants, and not the weights that they stand for.
     """
-    moved = jax.tree.map(_put, params, shardings)
+    moved = jax.tree.map(put, params, shardings)
     division = lambda x: Division.of(sharding(x), whole(x).shape, _letters(x), data_axes)
     told = lambda x: x.told(division(x)) if isinstance(x, Leaf) else x
     return jax.tree.map(told, moved, is_leaf=is_param)
@@ -113,7 +113,8 @@ def _letters(x: Any) -> str:
     return x.axes if isinstance(x, Matrix) else ""
 
 
-def _put(x: Any, to: NamedSharding) -> Any:
+def put(x: Any, to: NamedSharding) -> Any:
+    """A new array there, of which each of many processes keeps its own part; or its `jax.ShapeDtypeStruct`."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)
     if to.is_fully_addressable or not x.is_fully_addressable:

@@ -5,7 +5,7 @@ And what has to be said to its compilers, and where the service is found that it
 
 import ctypes
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -18,15 +18,32 @@ from jax.extend import core as jex
 Literal = jex.Literal
 
 
-def bind(eqn: Any, vals: list[Any]) -> list[Any]:
-    """The outputs of `eqn`, with `vals` for its inputs."""
-    params = eqn.primitive.get_bind_params(eqn.params)
+def bind(eqn: Any, vals: list[Any], **changes: Any) -> list[Any]:
+    """The outputs of `eqn`, with `vals` for its inputs, and `changes` of its parameters."""
+    vals = [vary(x, _varying(v.aval)) for x, v in zip(vals, eqn.invars, strict=True)]
+    params = eqn.primitive.get_bind_params(eqn.params | changes)
     with eqn.ctx.manager:
         if isinstance(params, dict):
             out = eqn.primitive.bind(*vals, **params)
         else:  # before JAX 0.10: functions apart
             out = eqn.primitive.bind(*params[0], *vals, **params[1])
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def varying(tree: Any) -> frozenset[str]:
+    """The axes of a `shard_map` along which any array in `tree` is another one on every device, by its type."""
+    return frozenset().union(*(_varying(jax.typeof(x)) for x in jax.tree.leaves(tree) if _is_array(x)))
+
+
+def _varying(aval: Any) -> frozenset[str]:
+    aval = getattr(aval, "mat", aval)  # since JAX 0.10
+    return getattr(aval, "varying", None) or getattr(aval, "vma", frozenset())
+
+
+def vary(x: Any, axes: Collection[str]) -> Any:
+    """`x` of a type that varies along these axes of a `shard_map`, too."""
+    missing = {*axes} - varying(x) if axes else ()
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 def custom_vjp_rules(eqn: Any) -> tuple[Callable, Callable, Callable[[], list[int | None]]]:

@@ -45,8 +45,9 @@ def _lstm(x: jax.Array, input: jax.Array, state: jax.Array, bias: jax.Array, rev
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
         return (h, c), h
 
-    zeros = jnp.zeros(len(state), x.dtype)
-    return jax.lax.scan(step, (zeros, zeros), x @ input + bias[None], reverse=reverse)[1]
+    gates = x @ input + bias[None]
+    zeros = jnp.zeros_like(gates[0, : len(state)])
+    return jax.lax.scan(step, (zeros, zeros), gates, reverse=reverse)[1]
 
 
 @transform

@@ -1,6 +1,6 @@
 """Does it fit? A train step, compiled ahead of time for devices that are not there.
 
-No array is made and no device is asked for; JAX is imported when it is used.
+No array is made and no device is asked for.
 """
 
 from ._collectives import Collective as Collective

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from ..models._loss import tokens_at_a_time
+
 
 def estimate(config: Any, arrays: int, trainable: int, kernels: dict[str, Any], mesh: dict[str, int],
              batch: int, length: int) -> int:  # fmt: skip
@@ -23,8 +25,6 @@ def estimate(config: Any, arrays: int, trainable: int, kernels: dict[str, Any], 
       batch: rows of a step, on all chips.
       length: their tokens.
     """
-    from jpeft.models._loss import tokens_at_a_time
-
     tensor = mesh["tensor"]
     b = batch / (mesh["data"] * mesh["fsdp"])
     inputs = config.num_hidden_layers * b * length * config.hidden_size * 2

@@ -8,6 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import Mesh
+
+from ..hf._load import model_sites, parameter_shapes
 from ._collectives import Collective, collectives
 from ._estimate import estimate
 from ._step import BATCH, Step, abstract_step
@@ -114,15 +122,6 @@ def plan(
 
     Raises a PlanError where there is no compiler, and for a mesh or a batch that the chips do not divide.
     """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from flax.traverse_util import unflatten_dict
-    from jax.experimental.mesh_utils import create_device_mesh
-    from jax.sharding import Mesh
-
-    from jpeft.hf._load import model_sites, parameter_shapes
-
     jax.config.update("jax_platforms", "cpu")  # what is computed on the way, such as a key, needs no device
     started = time.monotonic()
     dtypes = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
@@ -204,8 +203,6 @@ def _parse_size(text: str) -> int:
 
 def _bytes(tree: Any) -> int:
     """Of abstract arrays, on one chip of those that divide them."""
-    import jax
-
     shape = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
     return sum(math.prod(shape(x)) * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in jax.tree.leaves(tree))
 

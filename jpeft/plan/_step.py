@@ -1,11 +1,18 @@
 """The train step that is planned, of arrays that are never made."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
+from .. import _sharding
+from .._apply import apply
+from .._division import replicated
+from .._tree import combine, partition
+from ..models import shardings
 
 
 BATCH = ("data", "fsdp")  # the axes of the mesh that divide the batch
@@ -25,17 +32,15 @@ class Step(NamedTuple):
 
     def lower(self) -> Any:
         """The step as it goes to the compiler."""
-        import jax
-
         mesh = self.tokens.sharding.mesh
         placed = jax.tree.map(lambda x: x.sharding, (self.trainable, self.opt_state))
-        jitted = jax.jit(self.function, donate_argnums=(0, 1), out_shardings=(*placed, _everywhere(mesh)))
+        jitted = jax.jit(self.function, donate_argnums=(0, 1), out_shardings=(*placed, replicated(mesh)))
         with jax.set_mesh(mesh):  # by which the model keeps its activations divided along the batch
             return jitted.lower(self.trainable, self.opt_state, self.frozen, self.tokens)
 
 
 def abstract_step(
-    model: Any, base: Any, transform: Callable, mesh: "Mesh", *, batch_size: int, length: int, adapter_sharding: str
+    model: Any, base: Any, transform: Callable, mesh: Mesh, *, batch_size: int, length: int, adapter_sharding: str
 ) -> Step:
     """AdamW on what `transform` lets train, with the gradient of the mean next-token loss.
 
@@ -46,39 +51,25 @@ def abstract_step(
       mesh: with the axes data, fsdp and tensor.
       batch_size, length: the integer tokens are (batch_size, length).
     """
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    import jpeft
-    from jpeft.models import shardings
-
     params = jax.eval_shape(transform, base)
-    how = jpeft.shardings(params, shardings(base, mesh), adapter_sharding=adapter_sharding)
-    trainable, frozen = jpeft.partition(jpeft.shard(params, how))
+    how = _sharding.shardings(params, shardings(base, mesh), adapter_sharding=adapter_sharding)
+    trainable, frozen = partition(_sharding.shard(params, how))
     tx = optax.adamw(1e-4)
     placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     opt_state = optax.tree_map_params(
         tx, lambda x, like: placed(x, like.sharding), jax.eval_shape(tx.init, trainable), trainable,
-        transform_non_params=lambda x: placed(x, _everywhere(mesh)),
+        transform_non_params=lambda x: placed(x, replicated(mesh)),
     )  # fmt: skip
     rows = NamedSharding(mesh, PartitionSpec(BATCH))
     tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=rows)
 
     def step(trainable, opt_state, frozen, tokens):
         def loss(trainable):
-            params = jpeft.combine(trainable, frozen)
-            return jnp.mean(jpeft.apply(model, {"params": params}, tokens, labels=tokens))
+            params = combine(trainable, frozen)
+            return jnp.mean(apply(model, {"params": params}, tokens, labels=tokens))
 
         value, gradients = jax.value_and_grad(loss)(trainable)
         updates, opt_state = tx.update(gradients, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, value
 
     return Step(step, trainable, opt_state, frozen, tokens)
-
-
-def _everywhere(mesh: "Mesh") -> Any:
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    return NamedSharding(mesh, PartitionSpec())

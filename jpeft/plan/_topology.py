@@ -9,6 +9,8 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+from jax.experimental.topologies import get_topology_desc
+
 
 class PlanError(ValueError):
     """What keeps a step from being planned, and the remedy."""
@@ -108,8 +110,6 @@ class Topology:
 
         One process at a time may hold the compiler for TPUs: others wait. Raises a PlanError where it is not installed.
         """
-        from jax.experimental.topologies import get_topology_desc
-
         try:
             if self.kind == "cuda":
                 how = {"target_config": self.target, "topology": "x".join(map(str, self.shape))}

@@ -13,7 +13,7 @@ DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFOR
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sharded_trees", "sharded_steps", "explicit_axes", "sharded_methods"])
+@pytest.mark.parametrize("name", ["sharded_trees", "sharded_steps", "explicit_axes", "manual_axes", "sharded_methods"])
 def test_on_eight_devices(name):
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(HERE / f"{name}.py")]
     done = subprocess.run(command, env=os.environ | DEVICES, capture_output=True, text=True)
