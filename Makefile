@@ -35,6 +35,7 @@ faults: .venv/test .venv/fuzz
 	$(BIN)/python tests/faults/topology.py
 	$(BIN)/python tests/faults/fuzz.py --count 10000
 	$(BIN)/python tests/faults/fuzz.py --count 1000 --kinds checkpoint --sealed
+	mkdir -p .venv/corpus
 	$(BIN)/python tests/faults/atheris_adapter.py -runs=100000 .venv/corpus tests/fixtures/hostile
 
 docs: .venv/docs
