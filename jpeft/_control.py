@@ -47,7 +47,8 @@ def _thread(engine, x):
 
 def _scan(engine, eqn, vals, key):
     p = eqn.params
-    consts, carried = p["num_consts"], p["num_consts"] + p["num_carry"]
+    consts, states = _shim.scan_counts(p)
+    carried = consts + states
     moving, rebuild = zip(*(_thread(engine, x) for x in vals[carried:]), strict=True) if vals[carried:] else ((), ())
     keys = None if key is None else jax.random.split(key, p["length"])
 
@@ -55,7 +56,7 @@ def _scan(engine, eqn, vals, key):
         xs, key = xs
         xs = [make(x) for make, x in zip(rebuild, xs, strict=True)]
         outs = engine.formed(engine.run(p["jaxpr"].jaxpr, p["jaxpr"].consts, [*vals[:consts], *carry, *xs], key))
-        return outs[: p["num_carry"]], outs[p["num_carry"] :]
+        return outs[:states], outs[states:]
 
     start = engine.formed(vals[consts:carried])
     engine.record.trips *= p["length"]

@@ -59,10 +59,22 @@ def custom_vjp_rules(eqn: Any) -> tuple[Callable, Callable, Callable[[], list[in
         return rules[0].call_wrapped(*(x for v in vals for x in (v, True)))
 
     def bwd(*vals):
-        cts = zip(rules[1].call_wrapped(*vals), avals, strict=True)
-        return [jnp.asarray(ct) if _is_array(ct) else jnp.zeros(a.shape, a.dtype) for ct, a in cts]
+        cts = rules[1].call_wrapped(*vals)
+        cts = cts[0] if isinstance(cts, tuple) else cts  # since JAX 0.12 with logs
+        return [
+            jnp.asarray(ct) if _is_array(ct) else jnp.zeros(a.shape, a.dtype)
+            for ct, a in zip(cts, avals, strict=True)
+        ]
 
     return fwd, bwd, lambda: eqn.params["out_trees"]()[2]
+
+
+def scan_counts(params: Any) -> tuple[int, int]:
+    """Of a `scan`'s parameters: how many of its inputs are constants, and how many are carried."""
+    if "ft_in" in params:  # since JAX 0.11
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
 
 
 def row_major(x: jax.Array) -> jax.Array:

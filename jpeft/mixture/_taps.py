@@ -77,12 +77,13 @@ def _remat(params, vals, name):
 
 
 def _scan(params, vals, name):
-    consts, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+    consts, states = _shim.scan_counts(params)
+    carried = consts + states
     inner = params["jaxpr"]
 
     def body(carry, xs):
         outs, taps = _run(inner.jaxpr, inner.consts, [*vals[:consts], *carry, *xs], name)
-        return outs[: params["num_carry"]], (outs[params["num_carry"] :], taps)
+        return outs[:states], (outs[states:], taps)
 
     how = {option: params[option] for option in ("length", "reverse", "unroll")}
     carry, (ys, taps) = jax.lax.scan(body, vals[consts:carried], vals[carried:], **how)
