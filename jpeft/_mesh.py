@@ -36,18 +36,18 @@ def batch_axes(batch: int) -> tuple[tuple[str, ...], int]:
 def by_rows(fn: Callable[..., jax.Array], x: jax.Array, *others: Any) -> jax.Array:
     """`fn(x, *others)`, of which each row needs the same row of `x` alone; computed where the rows are.
 
-    By the mesh of `jax.set_mesh`, as the batch is divided. Without this, XLA gathers the operands of a Fourier
-    transform on every device, and adds up gradients of `others` only after what follows from them.
+    By the mesh of `jax.set_mesh`, as the batch is divided; axes that do not divide it compute the same. Without this,
+    XLA gathers the operands of a Fourier transform on every device.
     """
-    axes, _ = batch_axes(len(x))
-    if not axes:
+    axes = batch_axes(x.shape[0])[0] if x.ndim > 1 else ()
+    if not axes or jax.sharding.get_abstract_mesh().manual_axes:
         return fn(x, *others)
     rows = PartitionSpec(axes)
 
     def on_rows(x, others):
         return fn(x, *jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), others))
 
-    return jax.shard_map(on_rows, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names={*axes})(x, others)
+    return jax.shard_map(on_rows, in_specs=(rows, PartitionSpec()), out_specs=rows)(x, others)
 
 
 def everywhere(like: Any) -> jax.ShapeDtypeStruct:

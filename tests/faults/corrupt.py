@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tyro
+from rich.progress import track
 from tiny_run import check, save, trees
 
 import jpeft
@@ -63,7 +64,7 @@ def main(count: int = 1000, seed: int = 0) -> None:
                 save(manager, step, params, opt_state)
         shutil.copytree(whole, directory)
         files = {s: [f.relative_to(whole) for f in sorted((whole / str(s)).rglob("*")) if f.is_file()] for s in STEPS}
-        for _ in range(count):
+        for _ in track(range(count), "corruptions", auto_refresh=False):
             step = at.choice((1, 2, 3, 3, 3, 3))
             sizes = [(whole / file).stat().st_size for file in files[step]]
             file = at.choice(files[step]) if at.random() < 0.5 else at.choices(files[step], sizes)[0]

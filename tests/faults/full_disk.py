@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import tyro
+from rich.progress import track
 from tiny_run import check, save, trees
 
 import jpeft
@@ -27,7 +28,7 @@ def main(count: int = 20, seed: int = 0) -> None:
     with tempfile.TemporaryDirectory() as disk:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}k", "tmpfs", disk], check=True)
         try:
-            for level in range(count):
+            for level in track(range(count), "levels", auto_refresh=False):
                 directory, filler = Path(disk) / "run", Path(disk) / "filler"
                 with jpeft.CheckpointManager(directory, keep=2, asynchronous=level % 2 == 1) as manager:
                     last = max(manager.steps, default=0)

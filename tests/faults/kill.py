@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from rich.progress import track
 from tiny_run import check, note, noted, save, start, trees
 
 import jpeft
@@ -46,7 +47,7 @@ def main(count: int = 500, seed: int = 0, longest: float = 0.5, mode: Mode = "bo
     Synchronous and asynchronous saves take turns of 20, in a directory of their own.
     """
     moments, faults, checked = random.Random(seed), 0, 0
-    for turn in range(0, count, 20):
+    for turn in track(range(0, count, 20), "kills, in turns of 20", auto_refresh=False):
         asynchronous = mode == "async" or (mode == "both" and turn // 20 % 2 == 1)
         with tempfile.TemporaryDirectory() as scratch:
             directory, log, saved = Path(scratch) / "run", Path(scratch) / "log", []

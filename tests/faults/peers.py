@@ -41,7 +41,8 @@ def trial(directory: Path, name: str, fault: dict, processes: int) -> tuple[floa
             faults.append(f"process {i} ended with {end.code}:\n{end.output}")
     left = saved(output)
     ends = run(TRAIN, *training, count=processes, directory=directory)
-    if f"Going on after step {max(left, default=0)}\n" not in ends[0].output:
+    begun = [line for line in ends[0].output.splitlines() if line.startswith("Going on")]
+    if begun != [f"Going on after step {step}" for step in left[-1:]]:  # from the start, where nothing was saved
         faults.append(f"the steps {left} were there:\n{ends[0].output}")
     if losses(output) != losses(straight(directory, STEPS, EVERY, processes)):
         faults.append(f"other losses: {losses(output)}")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import tyro
+from rich.progress import track
 from tiny_run import note, noted, save, start, trees
 
 import jpeft
@@ -51,7 +52,7 @@ def main(count: int = 20, seed: int = 0, lead: float = 1.0) -> None:
     at, faults, skipped = random.Random(seed), [], 0
     with tempfile.TemporaryDirectory() as scratch:
         directory, log = Path(scratch) / "run", Path(scratch) / "log"
-        for race in range(1, count + 1):
+        for race in track(range(1, count + 1), "races", auto_refresh=False):
             log.unlink(missing_ok=True)
             moment = time.time() + lead
             moments = [moment + at.uniform(0, 0.01) for _ in range(2)]
