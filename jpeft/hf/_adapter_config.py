@@ -62,6 +62,8 @@ def _of_type(x: Any, default: Any) -> bool:
         return type(x) is type(default) or default is None
     if isinstance(default, float):
         return is_number(x)
+    if isinstance(default, list) and default:
+        return isinstance(x, list) and all(type(entry) is type(default[0]) for entry in x)
     return default is None or isinstance(x, type(default))
 
 

@@ -187,6 +187,16 @@ def test_what_only_looks_harmful_loads(name, attack):
     assert attack(HARMLESS[name]) is None
 
 
+@pytest.mark.parametrize("bad", [[1], "1", True, 1.0, None, -1, 2**31, 10**99], ids=repr)
+@pytest.mark.parametrize("field", ["cpt_token_ids", "cpt_tokens_type_mask"])
+def test_lists_hold_numbers_alone(field, bad, adapter, tmp_path):
+    adapter.write("llama-cpt", tmp_path / "case")
+    numbers = json.loads((tmp_path / "case" / CONFIG).read_text())[field]
+    fields(**{field: [bad, *numbers[1:]]})(tmp_path / "case")
+    with pytest.raises(hf.AdapterFormatError, match=field):
+        adapter.read("llama-cpt", tmp_path / "case")
+
+
 def test_a_callers_limit(adapter, tmp_path):
     _, params = subjects.base("llama", tmp_path)
     adapter.write(CASE, tmp_path / "case")

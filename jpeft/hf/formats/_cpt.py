@@ -15,7 +15,7 @@ EPSILON, FORMAT_EPSILON = "opt_projection_epsilon", "opt_projection_format_epsil
 
 
 def put(params: Params, tree: Any, config: Config, tensors: Tensors) -> Params:
-    ids, types = (tuple(map(int, config[name])) for name in (IDS, TYPES))
+    ids, types = (tuple(config[name]) for name in (IDS, TYPES))
     own = {"ids": ids, "types": types, "epsilon": config[EPSILON], "format_epsilon": config[FORMAT_EPSILON]}
     node = CPT(rows=tensors[ROWS], delta=np.zeros((0, 0), np.float32), **own)
     delta = np.zeros((len(node.moving), tensors[ROWS].shape[1]), np.float32)
@@ -33,6 +33,8 @@ def take(params: Params, tree: Any, nodes: dict[str, Any]) -> tuple[Tensors, Con
 def fits(config: Config) -> list[str]:
     counts = {name: len(config[name]) for name in (IDS, TYPES)} | {"tokens": config["num_virtual_tokens"]}
     faults = [] if len(set(counts.values())) == 1 else [f"{IDS} and {TYPES} have one number for each token: {counts}"]
+    if not all(0 <= n < 2**31 for name in (IDS, TYPES) for n in config[name]):
+        faults.append(f"the numbers of {IDS} and {TYPES} are from 0 to 2**31 - 1")
     return check(config) + faults
 
 
