@@ -33,6 +33,8 @@ class Arguments:
     bases: tuple[str, ...] = ("float", "nf4")
     topologies: tuple[str, ...] = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:2x4x4", "v6e:4x4")
     """v5p:2x4x4 is the accelerator type v5p-64, whose number counts two cores a chip."""
+    target_config: Path | None = None
+    """For --topologies cuda:1x1x8: the description of the GPU, of XLA's."""
     mesh: str | None = None
     """data=2,fsdp=8; by default that of `jpeft plan`."""
     rank: int = 16
@@ -44,6 +46,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     rows = []
+    target = [] if arguments.target_config is None else [f"--target-config={arguments.target_config}"]
     for name in arguments.models:
         directory = arguments.output / name
         directory.mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,7 @@ def main(arguments: Arguments) -> None:
                 given = [f"--{n.replace('_', '-')}={x}" for n, x in options.items() if x is not None]
                 path = directory / f"{'_'.join(x.lstrip('-') for x in given)}.json".replace(":", "-")
                 if not path.exists():
-                    _compile(directory, given, path)
+                    _compile(directory, [*given, *target], path)
                 rows.append((f"{name}, {'QLoRA' if base == 'nf4' else 'LoRA'}", json.loads(path.read_text())))
     print(table(rows))
 

@@ -117,7 +117,7 @@ class Topology:
             self._prepare()
             return get_topology_desc(platform="tpu", topology_name=str(self)).devices
         except RuntimeError as error:
-            remedy = "" if self.kind in CHIPS else '; the compiler for GPUs comes with: pip install "jax[cuda13]"'
+            remedy = "" if self.kind in CHIPS else _of_gpus(str(error))
             raise PlanError(f"no compiler for {self}: {error}{remedy}") from error
 
     def _prepare(self) -> None:
@@ -129,6 +129,12 @@ class Topology:
         os.environ["TPU_ACCELERATOR_TYPE"] = f"{chip.accelerator}-{self.chips * chip.cores}"
         os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
         _wait_for_turn()
+
+
+def _of_gpus(error: str) -> str:
+    if "parse" in error:
+        return "; it may be that of a later XLA: leave out the fields that this one does not know"
+    return '; the compiler for GPUs comes with: pip install "jax[cuda13]"'
 
 
 _turn: list[Any] = []  # the file that is locked, until the process ends

@@ -55,3 +55,16 @@ def test_without_the_compiler_it_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr(topology.util, "find_spec", lambda name: None)
     with pytest.raises(PlanError, match=re.escape('pip install "jpeft[tpu]"')):
         Topology.parse("v5e:2x2").devices()
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [("Failed to parse GpuTargetConfigProto", "of a later XLA"), ("no plugin", 'pip install "jax[cuda13]"')],
+)
+def test_what_the_compiler_for_gpus_says_comes_with_a_remedy(error, remedy, monkeypatch):
+    def refuse(**_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(topology, "get_topology_desc", refuse)
+    with pytest.raises(PlanError, match=f"{re.escape(error)}.*{re.escape(remedy)}"):
+        Topology.parse("cuda:1x1x8", "{}").devices()
