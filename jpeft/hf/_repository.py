@@ -112,6 +112,8 @@ def parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(text.decode("utf-8"), object_pairs_hook=_different, **numbers)
         deep = _depth(fields) > DEEPEST
+        if re.search(rb"\\u[dD][89a-fA-F]", text):  # half a character: alone, no tokenizer takes it
+            json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON: {error}") from error
     if deep:

@@ -117,6 +117,7 @@ REFUSED = {
     "infinity": (text(lambda t: t.replace('"r": 2', '"r": -Infinity').encode()), "no finite number"),
     "a float beyond all": (text(lambda t: t.replace('"r": 2', '"r": 1e999').encode()), "1e999 is no finite number"),
     "an integer beyond all": (text(lambda t: t.replace('"r": 2', '"r": ' + "9" * 400).encode()), "400 digits"),
+    "half a character": (text(lambda t: t.replace('"r": 2', r'"r": "\uD800"').encode()), "surrogates not allowed"),
     "too deep": (text(lambda t: t.replace("{", '{"new": ' + "[" * 33 + "]" * 33 + ", ", 1).encode()), "32 levels"),
     "far too deep": (text(lambda t: b"[" * 100_000), "not JSON"),
     "a large config": (text(lambda t: t.encode() + b" " * 2**20), "larger than 1048576 bytes"),
