@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .._mesh import batch_axes
+from ._sharding import for_whole_batch
 
 
 IGNORED = -100  # a label that is not to be predicted, as in PyTorch
@@ -27,6 +28,7 @@ def chunked_cross_entropy(
     """`cross_entropy(logits(head, x), labels)`, a part of the sequence at a time; called inside a compact method.
 
     The backward pass forms the logits of a part again. The sequence is what is parted, so that a batch may be sharded.
+    A head that is divided along axes which divide the batch, too, is gathered once, and not for every part.
 
     Args:
       head: the module whose parameters `logits` uses.
@@ -54,6 +56,8 @@ def chunked_cross_entropy(
         split_rngs={"params": False, "dropout": True},
         in_axes=0,
     )
+    if not head.is_initializing():
+        loop = nn.map_variables(loop, "params", trans_in_fn=lambda tree: for_whole_batch(tree, head.path))
     y = loop(head, None, part(x), part(labels))[1]
     return y.swapaxes(0, 1).reshape(batch, parts * width)[:, :length]
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .._division import DATA_AXES
 from .._mesh import batch_axes
 from .._targets import name_of
 
@@ -38,6 +39,23 @@ def along_batch(x: jax.Array) -> jax.Array:
     """
     axes, _ = batch_axes(len(x))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def for_whole_batch(params: Any, module: tuple[str, ...]) -> Any:
+    """A module's parameters, gathered along `embed` where the mesh of `jax.set_mesh` divides the batch; else as is.
+
+    XLA would do so itself, but within a loop in every turn of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not any(mesh.shape[axis] > 1 for axis in DATA_AXES if axis in mesh.auto_axes):
+        return params
+
+    def one(path, x):
+        names = logical_axes("/".join((*module, name_of(path).rpartition("/")[2])), x.ndim)
+        spec = [None if name == "embed" else PartitionSpec.UNCONSTRAINED for name in names]
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def logical_axes(path: str, ndim: int) -> Names:

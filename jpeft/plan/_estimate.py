@@ -15,8 +15,8 @@ def estimate(config: Any, arrays: int, trainable: int, kernels: dict[str, Any], 
     - $L$: a layer going backward. Its scores, $3\,b\,(h / t)\,s^2 \cdot 4$ for their softmax, its gradient and theirs
       in float32, $h$ heads over $t$ tensor-parallel chips; the MLP's $4\,b\,s\,(f / t) \cdot 2$; and its largest
       kernel, gathered and decoded, twice in bfloat16.
-    - $H = 2\,b\,c\,(v / t) \cdot 4$: logits of $c$ tokens at a time, and their gradient, $v$ words; and the output head
-      with its gathered copy.
+    - $H = 2\,b\,c\,(v / t) \cdot 4$: logits of $c$ tokens at a time, and their gradient, $v$ words; and the output
+      head, gathered.
 
     Args:
       config: a `jpeft.models.DecoderConfig`.
@@ -33,5 +33,5 @@ def estimate(config: Any, arrays: int, trainable: int, kernels: dict[str, Any], 
     largest = max(math.prod(x.shape[1:]) for path, x in kernels.items() if path.startswith("layers/"))
     tokens = min(length, tokens_at_a_time(math.ceil(b), config.vocab_size))
     logits = 2 * b * tokens * config.vocab_size / tensor * 4
-    head = 2 * config.vocab_size * config.hidden_size / tensor * 2
+    head = config.vocab_size * config.hidden_size / tensor * 2
     return int(arrays + trainable + inputs + max(scores + mlp + 2 * 2 * largest / tensor, logits + head))

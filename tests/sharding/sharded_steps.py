@@ -1,6 +1,7 @@
 """What a step moves between devices: `test_sharding.py` runs this file in a process with eight devices."""
 
 import collections
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jpeft
 from jpeft import models
+from jpeft.models import _loss
 
 
 CONFIG = models.DecoderConfig(
@@ -149,3 +151,31 @@ def test_inherit_gathers_adapters(name):
          if s in ("f32[128,8]", "f32[8,128]", "f32[64,8]", "f32[8,64]")}
     )  # fmt: skip
     assert not of_adapters(default) and of_adapters(inherit)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", MESHES)
+def test_the_head_is_gathered_once(name, tied, monkeypatch):
+    """And not for each of the parts of the sequence whose logits are formed at once; the loss is that of one device."""
+    monkeypatch.setattr(_loss, "LOGITS", 4 * CONFIG.vocab_size)  # of four tokens of a row
+    model = models.Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=tied), scan=True)
+    params = model.init(jax.random.key(0), IDS)["params"]
+    how = {"targets": "layers/.*", "sites": jpeft.sites(model, {"params": params}, IDS)}
+    tuned = jpeft.lora(jpeft.nf4(params, block=BLOCK, **how), rank=RANK, **how)
+    mesh = mesh_of(name)
+    trainable, frozen = jpeft.partition(jpeft.shard(tuned, jpeft.shardings(tuned, models.shardings(params, mesh))))
+
+    def loss(trainable, frozen, ids):
+        return jpeft.apply(model, {"params": jpeft.combine(trainable, frozen)}, ids, labels=ids).mean()
+
+    expected = jax.value_and_grad(loss)(*jpeft.partition(tuned), IDS)
+    with jax.set_mesh(mesh):
+        ids = jax.device_put(IDS, NamedSharding(mesh, P(("data", "fsdp"))))
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, ids).compile()
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(compiled(trainable, frozen, ids)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(x).max())
+    d, words = CONFIG.hidden_size, CONFIG.vocab_size // MESHES[name][2]
+    table, head = f"f32[{words},{d}]", f"f32[{d},{words}]"  # here and there of one shape
+    gathered = collectives(compiled).get("all-gather", collections.Counter())
+    lookup = tied or table == head
+    assert gathered[table if tied else head] <= (1 + lookup if MESHES[name][1] > 1 else 0)
