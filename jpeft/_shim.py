@@ -60,7 +60,7 @@ def custom_vjp_rules(eqn: Any) -> tuple[Callable, Callable, Callable[[], list[in
 
     def bwd(*vals):
         cts = rules[1].call_wrapped(*vals)
-        cts = cts[0] if isinstance(cts, tuple) else cts  # since JAX 0.12 with logs
+        cts = cts[0] if isinstance(cts, tuple) else cts  # since JAX 0.11.2 with logs
         return [
             jnp.asarray(ct) if _is_array(ct) else jnp.zeros(a.shape, a.dtype)
             for ct, a in zip(cts, avals, strict=True)
