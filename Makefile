@@ -23,6 +23,7 @@ parity: .venv/parity
 		hf models reparam additive selective optim generation algebra mixture hybrid compose test_peft_layers.py cli/test_end_to_end.py
 
 # What is promised of checkpoints, processes, numbers and files, at full count: hours. A few of each are slow tests.
+faults: KILLED = adamw galore keep_bounded rank_allocator relora_restart lisa lora_on_nf4 method:oft method:houlsby method:prompt
 faults: .venv/test .venv/fuzz
 	$(BIN)/python tests/faults/kill.py --count 1000
 	$(BIN)/python tests/faults/corrupt.py --count 10000
@@ -30,10 +31,12 @@ faults: .venv/test .venv/fuzz
 	$(BIN)/python tests/faults/writers.py --count 100
 	$(BIN)/python tests/faults/nonfinite.py --steps 50
 	$(BIN)/python tests/faults/resume.py --steps 200
-	$(BIN)/python tests/faults/peers.py --count 20
+	$(BIN)/python tests/faults/resume.py --steps 200 --kills 5 --only $(KILLED)
+	$(BIN)/python tests/faults/peers.py --count 50
 	$(BIN)/python tests/faults/preempt.py --count 100
 	$(BIN)/python tests/faults/topology.py
 	$(BIN)/python tests/faults/fuzz.py --count 10000
+	$(BIN)/python tests/faults/fuzz.py --count 40000 --seed 1
 	$(BIN)/python tests/faults/fuzz.py --count 1000 --kinds checkpoint --sealed
 	mkdir -p .venv/corpus
 	$(BIN)/python tests/faults/atheris_adapter.py -runs=100000 .venv/corpus tests/fixtures/hostile
