@@ -24,7 +24,7 @@ CONFIG = models.DecoderConfig(
     num_key_value_heads=8, head_dim=16,
 )  # fmt: skip
 IDS = jnp.arange(8 * 16).reshape(8, 16) % 256
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all": (2, 2, 2)}
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "fsdp tensor": (1, 4, 2), "all": (2, 2, 2)}
 RANK, BLOCK = 8, 16
 
 
@@ -121,7 +121,7 @@ def test_model_parallel_factors_are_never_gathered(scan, quantized):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", ["fsdp", "all"])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp tensor", "all"])
 def test_codes_are_gathered_and_not_what_they_stand_for(name, scan):
     """Of floating-point arrays only those that are not quantized: the embeddings and the head."""
     found, _ = moved(name, scan, True)
@@ -142,7 +142,7 @@ def test_codes_are_gathered_and_not_what_they_stand_for(name, scan):
     assert once < size(codes) <= 2 * once
 
 
-@pytest.mark.parametrize("name", ["fsdp", "all"])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp tensor", "all"])
 def test_inherit_gathers_adapters(name):
     """So the other sharding is the default."""
     default, inherit = (moved(name, False, False, how)[0] for how in ("tensor", "inherit"))
