@@ -71,7 +71,7 @@ REFUSED = {
     "shards at a root": ("llama sharded", places("/etc/passwd"), "not in this directory"),
     "a shard of a long name": ("llama sharded", places("x" * 5000), "not in this directory"),
     "a shard of no name": ("llama sharded", places(""), "not in this directory"),
-    "a shard with a surrogate": ("llama sharded", places("\ud800"), "not in this directory"),
+    "a shard with a surrogate": ("llama sharded", places("\ud800"), "surrogates not allowed"),
     "a map of numbers": ("llama sharded", places(1), "no weight_map"),
     "a tokenizer elsewhere": ("llama", linked("tokenizer.json", "/etc/passwd"), "link out of its directory"),
     "a template elsewhere": ("llama", linked("chat_template.jinja", "/etc/passwd"), "link out of its directory"),
