@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 
 import jpeft.hf
 
@@ -15,11 +16,6 @@ import jpeft.hf
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "decoders"
 NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
 SIDES = ("right", "left")
-
-# These programs are run once: they are to be compiled quickly, not well.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
 
 every = pytest.mark.parametrize("name", NAMES)
 

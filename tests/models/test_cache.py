@@ -1,11 +1,11 @@
 """Decoding with a cache is decoding without, however the tokens are divided and wherever there is padding."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 
 from jpeft.models import Decoder, DecoderConfig, stack_layers
 
@@ -20,11 +20,6 @@ CONFIGS = {
     "experts": DecoderConfig(*SIZES, num_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 LENGTH = 12
-
-# These programs are run once: they are to be compiled quickly, not well.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))

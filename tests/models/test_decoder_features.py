@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 
 from jpeft.models import Decoder, DecoderConfig, _loss, stack_layers
 from jpeft.models._attention import KeysAndValues, attend
@@ -26,11 +27,6 @@ CONFIGS = {
     "experts": DecoderConfig(*SIZES, num_experts=4, num_experts_per_tok=2, attention_bias=True, fused=True),
 }  # fmt: skip
 LENGTH = 11
-
-# These programs are run once: they are to be compiled quickly, not well.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
 
 
 def close(x, y, tolerance=1e-5):

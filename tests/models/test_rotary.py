@@ -1,7 +1,6 @@
 """Rotations and their scalings against transformers', and what they are to do."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 
 import jpeft.hf
 from jpeft.hf.architectures import ARCHITECTURES
@@ -19,11 +19,6 @@ from jpeft.models._rotary import Dynamic, Linear, Llama3, LongRope, Yarn, freque
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "decoders"
 EXPECTED = dict(np.load(FIXTURES / "ropes.npz"))
 PARAMETERS = json.loads(str(EXPECTED.pop("parameters")))
-
-# These programs are run once: they are to be compiled quickly, not well.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
 
 
 @pytest.fixture(scope="module")
