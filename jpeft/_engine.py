@@ -70,9 +70,8 @@ def evaluate(fn: Callable, params: Any, follow: Callable[[str, Any], bool], key:
     static: dict[str, Any] = {}
 
     def flat(plain):
-        vary = lambda own, leaf: jax.tree.map(lambda x: _shim.vary(x, own), leaf)
-        params = list(map(vary, axes, plain))
-        out, static["tree"] = jax.tree.flatten(fn(jax.tree.unflatten(tree, params)))
+        params = jax.tree.unflatten(tree, map(_shim.vary, plain, axes))
+        out, static["tree"] = jax.tree.flatten(fn(params))
         static["fixed"] = [None if hasattr(x, "dtype") else x for x in out]
         return [x for x in out if hasattr(x, "dtype")]
 

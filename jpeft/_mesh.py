@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._division import DATA_AXES
+from ._shim import vary
 
 
 def constrained(x: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -43,10 +44,7 @@ def by_rows(fn: Callable[..., jax.Array], x: jax.Array, *others: Any) -> jax.Arr
     if not axes or jax.sharding.get_abstract_mesh().manual_axes:
         return fn(x, *others)
     rows = PartitionSpec(axes)
-
-    def on_rows(x, others):
-        return fn(x, *jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), others))
-
+    on_rows = lambda x, others: fn(x, *vary(others, axes))
     return jax.shard_map(on_rows, in_specs=(rows, PartitionSpec()), out_specs=rows)(x, others)
 
 

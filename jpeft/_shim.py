@@ -40,10 +40,14 @@ def _varying(aval: Any) -> frozenset[str]:
     return getattr(aval, "varying", None) or getattr(aval, "vma", frozenset())
 
 
-def vary(x: Any, axes: Collection[str]) -> Any:
-    """`x` of a type that varies along these axes of a `shard_map`, too."""
-    missing = {*axes} - varying(x) if axes else ()
-    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+def vary(tree: Any, axes: Collection[str]) -> Any:
+    """`tree`, with arrays of types that vary along these axes of a `shard_map`, too."""
+
+    def one(x):
+        missing = {*axes} - varying(x)
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(one, tree) if axes else tree
 
 
 def custom_vjp_rules(eqn: Any) -> tuple[Callable, Callable, Callable[[], list[int | None]]]:

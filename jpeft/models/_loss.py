@@ -40,7 +40,8 @@ def chunked_cross_entropy(
     batch, length = labels.shape
     if length == 0:
         return jnp.zeros((batch, 0), jnp.float32)
-    parts = -(-length // tokens_at_a_time(batch // batch_axes(batch)[1], size))
+    _, divided = batch_axes(batch)
+    parts = -(-length // tokens_at_a_time(batch // divided, size))
     width = -(-length // parts)
     padding = [(0, 0), (0, parts * width - length)]
     x = jnp.pad(x, [*padding, (0, 0)])
@@ -56,7 +57,7 @@ def chunked_cross_entropy(
         split_rngs={"params": False, "dropout": True},
         in_axes=0,
     )
-    if not head.is_initializing():
+    if divided > 1 and not head.is_initializing():
         loop = nn.map_variables(loop, "params", trans_in_fn=lambda tree: for_whole_batch(tree, head.path))
     y = loop(head, None, part(x), part(labels))[1]
     return y.swapaxes(0, 1).reshape(batch, parts * width)[:, :length]

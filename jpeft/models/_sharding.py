@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._division import DATA_AXES
 from .._mesh import batch_axes
 from .._targets import name_of
 
@@ -42,13 +41,7 @@ def along_batch(x: jax.Array) -> jax.Array:
 
 
 def for_whole_batch(params: Any, module: tuple[str, ...]) -> Any:
-    """A module's parameters, gathered along `embed` where the mesh of `jax.set_mesh` divides the batch; else as is.
-
-    XLA would do so itself, but within a loop in every turn of it.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not any(mesh.shape[axis] > 1 for axis in DATA_AXES if axis in mesh.auto_axes):
-        return params
+    """A module's parameters, gathered along `embed`: what XLA does itself, but within a loop in every turn of it."""
 
     def one(path, x):
         names = logical_axes("/".join((*module, name_of(path).rpartition("/")[2])), x.ndim)

@@ -1,6 +1,5 @@
 """Decoding with a cache is decoding without, however the tokens are divided and wherever there is padding."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -42,6 +42,13 @@ def slope(model, mesh):
     return jax.jit(jax.value_and_grad(loss_of(model))), args
 
 
+def assert_close(found, expected):
+    """Losses with their gradients, which are compared with the largest of them."""
+    scale = max(np.abs(x).max() for x in jax.tree.leaves(expected[1]))
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * scale)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_divided_is_whole(method):
     """The loss and all gradients, with parameters, adapters and rows on eight devices, are those of one."""
@@ -52,9 +59,7 @@ def test_divided_is_whole(method):
     with jax.set_mesh(MESH):
         fn, args = slope(model, MESH)
         found = fn(trainable, frozen, args)
-    scale = max(np.abs(x).max() for x in jax.tree.leaves(expected[1]))
-    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * scale)
+    assert_close(found, expected)
 
 
 # What trains makes an array that is larger (a weight, the matrix of a shared projection, a prompt), and the gradient of
